@@ -1,0 +1,3 @@
+"""aquatint trains Stable Diffusion XL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,60 @@
+"""Durations are text with a unit: `"500 steps"`, `"1 epoch"`, `"20000 samples"`, `"30 min"`. Never a bare integer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+Unit = Literal["steps", "epochs", "samples", "seconds"]
+_UNITS: dict[str, tuple[Unit, float]] = {
+    "step": ("steps", 1), "steps": ("steps", 1),
+    "epoch": ("epochs", 1), "epochs": ("epochs", 1),
+    "sample": ("samples", 1), "samples": ("samples", 1),
+    "s": ("seconds", 1), "sec": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600),
+}  # fmt: skip
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training. `steps` are optimizer steps, `epochs` laps over the pictures, `samples` pictures seen."""
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str | Duration) -> Duration:
+        """Raises ValueError that says what is expected."""
+        if isinstance(text, Duration):
+            return text
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f'{text!r} is not a duration; write a number and a unit, such as "500 steps" or "2 epochs"')
+        unit, factor = _UNITS[match[2]]
+        return cls(float(match[1]) * factor, unit)
+
+    def __str__(self) -> str:
+        unit = self.unit.removesuffix("s") if self.value == 1 else self.unit
+        return f"{self.value:g} {'s' if self.unit == 'seconds' else unit}"
+
+    def in_steps(self, *, samples_per_step: int, samples_per_epoch: int) -> int:
+        """The number of optimizer steps that reach this duration (rounded up). Raises ValueError for seconds."""
+        if self.unit == "seconds":
+            raise ValueError("a time cannot be turned into steps")
+        samples = {"steps": samples_per_step, "epochs": samples_per_epoch, "samples": 1}[self.unit] * self.value
+        return int(-(-samples // samples_per_step))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(steps?|epochs?|samples?|s|sec|min|h)\s*$",
+                "examples": ["500 steps", "2 epochs", "30 min"]}  # fmt: skip
