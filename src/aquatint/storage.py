@@ -7,18 +7,20 @@ POSIX disk. Folders are published the same way, manifest last.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from aquatint.errors import StorageError
+from aquatint.errors import LockedError, StorageError
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}$")
 
@@ -35,10 +37,10 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         hint = {
-            28: "free some space on that disk, or point the config at another one",
-            122: "the disk quota is used up: free some space, or point the config at another disk",
-            13: "give this user write permission there, or choose another folder in the config",
-            30: "that file system is read-only: choose another folder in the config",
+            errno.ENOSPC: "free some space on that disk, or point the config at another one",
+            errno.EDQUOT: "the disk quota is used up: free some space, or point the config at another disk",
+            errno.EACCES: "give this user permission there, or choose another folder in the config",
+            errno.EROFS: "that file system is read-only: choose another folder in the config",
         }.get(error.errno or 0, "check that the disk is mounted and healthy, then run the same command again")
         raise StorageError(f"could not {action} {path}: {reason}", hint=hint) from error
 
@@ -48,8 +50,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only when the block ends well. Raises StorageError."""
     path = Path(path)
     with storage_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        make_folder(target.parent)
         temporary = _temporary_name(target)
         file = open(temporary, "xb")
         try:
@@ -60,8 +62,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, target)
             sync_folder(target.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what went wrong first is the news
+                temporary.unlink(missing_ok=True)
             raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its missing parents, each durable before the next. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,7 +90,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    """Writes UTF-8. What is not a character (a byte of a strange file name) is written as `\\udcXX`, which JSON reads back."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -87,11 +99,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends whole lines in one write. A crash can cut the last line: readers skip a line without an end."""
+    """Appends whole lines. A failed write is taken back; a crash can cut the last line: readers skip a line without an end."""
     with storage_errors("append to", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(text.encode())
+        make_folder(path.parent)
+        with open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                _write_all(file, text.encode(errors="backslashreplace"))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """One write may take a part only: a nearly full disk, a signal."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 @contextlib.contextmanager
@@ -102,7 +127,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with storage_errors("write", path):
         if path.exists():
             raise StorageError(f"{path} exists already", hint="choose another name; nothing is ever overwritten there")
-        temporary.mkdir(parents=True)
+        make_folder(path.parent)
+        temporary.mkdir()
         try:
             yield temporary
             for folder, _, _ in os.walk(temporary, topdown=False):
@@ -122,14 +148,31 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what a crash left behind: names that only this module makes. The caller holds the folder's lock."""
+def remove_file(path: Path) -> None:
+    """Removes a file of ours; it is no error if another process was faster."""
+    with storage_errors("remove", path):
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, *, older_than_seconds: float = 0.0) -> None:
+    """Removes what a crash left behind: names that only this module makes.
+
+    The caller holds the folder's lock, or names an age that no write in progress has.
+    """
     if not folder.is_dir():
         return
     with storage_errors("clean", folder):
         for entry in folder.iterdir():
-            if TEMPORARY.search(entry.name):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if TEMPORARY.search(entry.name) and _age_seconds(entry) >= older_than_seconds:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+
+
+def _age_seconds(path: Path) -> float:
+    """Seconds since the last change; at least 0, also for a file from the future; negative for one that is gone."""
+    try:
+        return max(0.0, time.time() - path.lstat().st_mtime)
+    except FileNotFoundError:
+        return -1.0
 
 
 def digest_file(path: Path, chunk_bytes: int = 1 << 22) -> str:
@@ -144,19 +187,42 @@ def digest_file(path: Path, chunk_bytes: int = 1 << 22) -> str:
 def free_bytes(folder: Path) -> int:
     """Bytes that this user can still write on the disk that holds `folder` (or its nearest existing parent)."""
     folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
     with storage_errors("measure", folder):
+        while not folder.exists():
+            folder = folder.parent
         return shutil.disk_usage(folder).free
 
 
 def check_writable(folder: Path) -> None:
     """Raises StorageError if a file cannot be made in `folder`; creates the folder if it is missing."""
     with storage_errors("write to", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not stat.S_ISDIR(folder.stat().st_mode):
-            raise NotADirectoryError(20, "not a folder", str(folder))
+        make_folder(folder)
         probe = _temporary_name(folder / "probe")
         with open(probe, "xb"):
             pass
         probe.unlink()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process; the kernel lets go of it however the process ends. Raises LockedError."""
+    with storage_errors("lock", folder):
+        make_folder(folder)
+        file = open(folder / ".lock", "ab")
+    with file:
+        with storage_errors("lock", folder):
+            held = _try_lock(file)
+        if not held:
+            raise LockedError(
+                f"another process is working in {folder}",
+                hint="wait for it to end, stop it, or give this run another name with run.name=...",
+            )
+        yield
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

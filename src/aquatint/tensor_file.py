@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference reader
+MAX_DIMENSIONS = 64  # more than any tensor has, and few enough to multiply
 _READ_BYTES = 1 << 27  # one read of Linux moves at most 2 GiB; smaller ones keep Ctrl-C quick
 DTYPES = {  # the format's name -> torch's name and bytes per element
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
@@ -88,7 +89,10 @@ class TensorFile:
         return tensor
 
     def read_into(self, name: str, tensor: torch.Tensor) -> None:
-        """Fills a contiguous CPU tensor of the same dtype and number of elements."""
+        """Fills a contiguous CPU tensor of the same dtype and number of elements.
+
+        Raises ModelFileError if the file was cut short after it was opened.
+        """
         info = self.tensors[name]
         if dtype_name(tensor.dtype) != info.dtype or tensor.numel() != prod(info.shape):
             raise ValueError(f"{name}: cannot read {info.dtype} {info.shape} into {tensor.dtype} {tuple(tensor.shape)}")
@@ -98,7 +102,7 @@ class TensorFile:
             while done < len(view):
                 count = os.preadv(self._descriptor, [view[done : done + _READ_BYTES]], position + done)
                 if count == 0:
-                    raise OSError(f"the file ends inside the tensor `{name}`")
+                    raise _refusal(self.path, f"it ends inside the tensor `{name}`")
                 done += count
 
     def close(self) -> None:
@@ -141,7 +145,7 @@ def write_tensors(
         extra = {data_digest_key: f"0x{data_digest}"} if data_digest_key else {}
         strings = {**(metadata or {}), **extra}
         text = json.dumps({"__metadata__": strings, **entries} if strings else entries, separators=(",", ":"), ensure_ascii=False)
-        data = text.encode()
+        data = text.encode(errors="replace")  # of what is no character, other readers refuse even the escape
         data += b" " * (-len(data) % 8)
         return len(data).to_bytes(8, "little") + data
 
@@ -163,46 +167,54 @@ def write_tensors(
     return digest.hexdigest()
 
 
-def _read_header(descriptor: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    def refuse(reason: str) -> ModelFileError:
-        return ModelFileError(f"{path} is not a readable safetensors file: {reason}",
-                              hint="the download or copy may be incomplete: compare its size with the source and fetch it again")  # fmt: skip
+def _refusal(path: Path, reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is not a readable safetensors file: {reason}",
+        hint="the download or copy may be incomplete: compare its size with the source and fetch it again",
+    )
 
+
+def _read_header(descriptor: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with storage_errors("read", path):
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise refuse("its header is missing or does not fit in the file")
+            raise _refusal(path, "its header is missing or does not fit in the file")
         text = os.pread(descriptor, length, 8)
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("the header is not a table")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("the metadata is not a table of texts")
         tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refuse(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _refusal(path, str(error)) from error
     expected = 8 + length
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
         if info.start != expected:
-            raise refuse("tensors overlap or leave holes")
+            raise _refusal(path, "tensors overlap or leave holes")
         expected = info.end
     if expected != size:
-        raise refuse(f"it has {size} bytes, its header promises {expected}")
+        raise _refusal(path, f"it has {size} bytes, its header promises {expected}")
     return tensors, metadata
 
 
-def _tensor_info(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"tensor `{name}` has the unknown dtype {entry['dtype']!r}")
-    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(value, int) and 0 <= value < 2**62 for value in (*shape, start, end)):
+def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+            pass
+        case _:
+            raise ValueError(f"tensor `{name}` is not described by dtype, shape and data_offsets")
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor `{name}` has the unknown dtype {dtype!r}")
+    if len(shape) > MAX_DIMENSIONS or not all(type(value) is int and 0 <= value < 2**62 for value in (*shape, start, end)):
         raise ValueError(f"tensor `{name}` has a bad shape or place")
-    if end - start != prod(shape) * DTYPES[dtype][1]:
-        raise ValueError(f"tensor `{name}` has {end - start} bytes, its shape needs {prod(shape) * DTYPES[dtype][1]}")
-    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+    num_bytes = prod(shape) * DTYPES[dtype][1]
+    if end - start != num_bytes:
+        raise ValueError(f"tensor `{name}` has {end - start} bytes, its shape needs {num_bytes}")
+    return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

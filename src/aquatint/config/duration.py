@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -16,7 +18,8 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "sample": ("samples", 1), "samples": ("samples", 1),
     "s": ("seconds", 1), "sec": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600),
 }  # fmt: skip
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*")
+PATTERN = r"^\s*\d+(\.\d+)?\s*(steps?|epochs?|samples?|s|sec|min|h)\s*$"
+_PARTS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,20 @@ class Duration:
         """Raises ValueError that says what is expected."""
         if isinstance(text, Duration):
             return text
-        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        match = _PARTS.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[2] not in _UNITS:
             raise ValueError(f'{text!r} is not a duration; write a number and a unit, such as "500 steps" or "2 epochs"')
         unit, factor = _UNITS[match[2]]
-        return cls(float(match[1]) * factor, unit)
+        value = float(match[1]) * factor
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]!r}… is too long")
+        return cls(value, unit)
 
     def __str__(self) -> str:
+        """Text that `parse` turns into the same value, whatever its size."""
         unit = self.unit.removesuffix("s") if self.value == 1 else self.unit
-        return f"{self.value:g} {'s' if self.unit == 'seconds' else unit}"
+        number = f"{Decimal(repr(self.value)).normalize():f}"
+        return f"{number} {'s' if self.unit == 'seconds' else unit}"
 
     def in_steps(self, *, samples_per_step: int, samples_per_epoch: int) -> int:
         """The number of optimizer steps that reach this duration (rounded up). Raises ValueError for seconds."""
@@ -56,5 +64,4 @@ class Duration:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(steps?|epochs?|samples?|s|sec|min|h)\s*$",
-                "examples": ["500 steps", "2 epochs", "30 min"]}  # fmt: skip
+        return {"type": "string", "pattern": PATTERN, "expected": 'a duration such as "500 steps" or "2 epochs"'}

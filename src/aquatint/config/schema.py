@@ -5,12 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic.json_schema import GenerateJsonSchema
 
-from aquatint.config.duration import Duration
+from aquatint.config.duration import PATTERN, Duration
+
+NEVER = "never"  # how a config says that something is turned off: TOML has no null
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", json_schema_extra={"expected": 'a colour such as "#ffffff"'})]
+Every = Annotated[
+    Duration | None,
+    BeforeValidator(lambda value: None if value == NEVER else value),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "string", "pattern": PATTERN + f"|^{NEVER}$"}, {"type": "null"}],
+            "expected": f'a duration such as "500 steps" or "2 epochs", or "{NEVER}"',
+        }
+    ),
+]
 
 
 class Section(BaseModel):
@@ -20,7 +33,10 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra={"expected": "a name of letters, digits, `.`, `_` and `-`"}),
+    ] = "run"
     """Name of the run; its folder is `run.folder/run.name`."""
     folder: Path = Path("runs")
     """Where run folders are made. Relative paths start at the config file."""
@@ -42,7 +58,9 @@ class ModelSection(Section):
 class FolderSource(Section):
     folder: Path
     """A folder of pictures; folders inside it are read too."""
-    caption_extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_.-]+$")] = ".txt"
+    caption_extension: Annotated[
+        str, Field(pattern=r"^\.[A-Za-z0-9_.-]+$", json_schema_extra={"expected": 'a file ending such as ".txt"'})
+    ] = ".txt"
     """The caption of `a.jpg` is in `a` plus this."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """How often each picture is shown per epoch."""
@@ -176,7 +194,14 @@ class AdafactorSection(Section):
     """Second-moment decay at step t is 1 - t**-decay_power."""
 
 
-Optimizer = Annotated[AdamWSection | AdamWBF16Section | AdafactorSection, Field(discriminator="name")]
+def _optimizer_name(value: Any) -> Any:
+    return value.get("name", "adamw") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+Optimizer = Annotated[
+    Annotated[AdamWSection, Tag("adamw")] | Annotated[AdamWBF16Section, Tag("adamw_bf16")] | Annotated[AdafactorSection, Tag("adafactor")],
+    Discriminator(_optimizer_name),
+]
 
 
 class LearningRateSection(Section):
@@ -219,8 +244,8 @@ class EmaSection(Section):
 
 
 class ValidationSection(Section):
-    every: Duration | None = Duration(500, "steps")
-    """How often the loss on held-out pictures is measured. null turns it off; the first and last step are always measured."""
+    every: Every = Duration(500, "steps")
+    """How often the loss on held-out pictures is measured. "never" turns it off; the first and last step are always measured."""
     share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.02
     """Share of the pictures that is held out, chosen by content. 0 measures on pictures of the training set instead."""
     max_pictures: Annotated[int, Field(ge=1)] = 64
@@ -230,8 +255,8 @@ class ValidationSection(Section):
 
 
 class SamplesSection(Section):
-    every: Duration | None = Duration(500, "steps")
-    """How often pictures are made from `prompts`. null turns it off."""
+    every: Every = Duration(500, "steps")
+    """How often pictures are made from `prompts`. "never" turns it off."""
     prompts: tuple[str, ...] = ()
     """One picture is made of each."""
     negative_prompt: str | None = None
@@ -331,6 +356,16 @@ class Config(Section):
     """The finished model."""
     tracking: TrackingSection = TrackingSection()
     """Logs."""
+
+
+class _SchemaGenerator(GenerateJsonSchema):
+    def encode_default(self, dft: Any) -> Any:
+        return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a config, for editors and forms; every setting carries its help and default."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **Config.model_json_schema(schema_generator=_SchemaGenerator)}
 
 
 def dump(config: Config) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Optimizers in plain torch: each update is one pure function, each class is plumbing around it."""

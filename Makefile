@@ -1,0 +1,44 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# torch and everything else at versions that are known to work together; other versions in pyproject's ranges should work too.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/tested.txt
+
+.PHONY: demo test test-slow test-gpu check format autoencoder clean
+
+demo: .venv/installed  ## train the embedded default: a tiny SDXL on pictures that the program makes
+	$(BIN)/aquatint demo
+
+test: .venv/installed-dev  ## every test that needs no GPU and no full-size model
+	$(BIN)/python -m pytest -n 2 -q
+
+test-slow: .venv/installed-dev  ## full-size models: minutes, and 16 GiB of memory
+	$(BIN)/python -m pytest -m slow -q
+
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu -q
+
+check: .venv/installed-dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+autoencoder: .venv/installed  ## train the demo's autoencoder again (about half an hour)
+	$(BIN)/python -m aquatint.demo.autoencoder src/aquatint/demo/assets/autoencoder.safetensors
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints/tested.txt
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,333 @@
+"""Settings that are fine each on their own, but not together. Every rule says what, why, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+from aquatint.config.duration import Duration
+from aquatint.config.schema import BucketsSection, Config
+
+MIN_BUCKET_AREA = 0.85  # of `resolution` squared; buckets below are not made
+NOTABLE_LEARNING_RATE = 1e-4  # full fine-tuning of SDXL is done at 4e-7 … 1e-5, with thousands of pictures per step up to 1e-4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`applies` is asked only if all settings in `keys` are valid; `message` and `hint` may hold `{c.section.setting}`."""
+
+    keys: tuple[str, ...]
+    applies: Callable[[Config], bool]
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that applies, in words. `keys` are the settings that it is about, the one to change first."""
+
+    keys: tuple[str, ...]
+    message: str
+    hint: str
+
+
+RULES = (
+    # what the model predicts
+    Rule(
+        ("model.zero_terminal_snr", "model.prediction"),
+        lambda c: c.model.zero_terminal_snr is True and c.model.prediction == "epsilon",
+        "`model.zero_terminal_snr` cannot go with an epsilon model",
+        "its last timestep is pure noise, and from that no picture can be worked out by predicting the noise: "
+        'set `model.prediction = "v_prediction"`, or `model.zero_terminal_snr = false`',
+    ),
+    # precision
+    Rule(
+        ("training.precision", "optimizer.name"),
+        lambda c: c.training.precision == "bf16_pure" and c.optimizer.name == "adamw",
+        '`training.precision = "bf16_pure"` cannot go with the optimizer "adamw"',
+        "bf16 weights swallow most of its small updates, so the model would hardly learn: "
+        'set `optimizer.name = "adamw_bf16"` or `"adafactor"` (they round so that nothing is lost), or `training.precision = "bf16_mixed"`',
+    ),
+    # shapes
+    Rule(
+        ("buckets.min_side", "buckets.max_side"),
+        lambda c: c.buckets.min_side > c.buckets.max_side,
+        "`buckets.min_side` ({c.buckets.min_side}) is larger than `buckets.max_side` ({c.buckets.max_side})",
+        "no picture shape fits between them: swap them, or leave both out for 512 and 2048",
+    ),
+    Rule(
+        ("buckets.min_side", "buckets.resolution"),
+        lambda c: c.buckets.resolution < c.buckets.min_side <= c.buckets.max_side,
+        "`buckets.min_side` ({c.buckets.min_side}) is larger than `buckets.resolution` ({c.buckets.resolution})",
+        "even a square of that side would be too large: set `buckets.min_side` to half of the resolution, or raise the resolution",
+    ),
+    Rule(
+        ("buckets.resolution", "buckets.step", "buckets.min_side", "buckets.max_side", "buckets.max_aspect"),
+        lambda c: c.buckets.min_side <= min(c.buckets.max_side, c.buckets.resolution) and not has_bucket(c.buckets),
+        "there is no picture shape that fits all settings of `buckets`",
+        "sides must be multiples of `step` from `min_side` to `max_side`, with an area of 85 to 100 % of `resolution` squared: "
+        "leave out all but `resolution`, and make that a multiple of `step`",
+    ),
+    Rule(
+        ("data.max_pixels", "buckets.resolution"),
+        lambda c: c.data.max_pixels < c.buckets.resolution**2,
+        "`data.max_pixels` ({c.data.max_pixels}) refuses every picture that is large enough for `buckets.resolution = {c.buckets.resolution}`",
+        "leave it out: it is there to keep giant pictures from filling the memory",
+    ),
+    Rule(
+        ("crop.variants", "crop.mode"),
+        lambda c: c.crop.mode == "center" and c.crop.variants > 1,
+        '`crop.variants = {c.crop.variants}` does nothing with `crop.mode = "center"`',
+        'a picture has only one center: set `crop.mode = "random"`, or leave out `crop.variants`',
+    ),
+    # captions
+    Rule(
+        ("captions.shuffle", "captions.style"),
+        lambda c: c.captions.style == "prose" and c.captions.shuffle,
+        '`captions.shuffle` does nothing with `captions.style = "prose"`',
+        'prose has no tags to shuffle: set `captions.style = "tags"`, or leave out `captions.shuffle`',
+    ),
+    Rule(
+        ("captions.tag_drop_prob", "captions.style"),
+        lambda c: c.captions.style == "prose" and c.captions.tag_drop_prob > 0,
+        '`captions.tag_drop_prob` does nothing with `captions.style = "prose"`',
+        'prose has no tags to drop: set `captions.style = "tags"`, or use `captions.dropout_prob`, which leaves out whole captions',
+    ),
+    Rule(
+        ("captions.separator", "captions.style"),
+        lambda c: c.captions.style == "prose" and c.captions.separator != ",",
+        '`captions.separator` does nothing with `captions.style = "prose"`',
+        'prose is used as it is written: set `captions.style = "tags"`, or leave out `captions.separator`',
+    ),
+    Rule(
+        ("captions.keep_first", "captions.style"),
+        lambda c: c.captions.style == "prose" and c.captions.keep_first != 1,
+        '`captions.keep_first` does nothing with `captions.style = "prose"`',
+        'prose has no tags to keep: set `captions.style = "tags"`, or leave out `captions.keep_first`',
+    ),
+    Rule(
+        ("captions.variants", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
+        lambda c: c.captions.variants > 1 and (c.captions.style == "prose" or not _varies(c)),
+        "`captions.variants = {c.captions.variants}` would keep that many copies of the same caption",
+        'variants differ by shuffled or dropped tags: set `captions.style = "tags"` with `captions.shuffle = true`, '
+        "or leave out `captions.variants`",
+    ),
+    Rule(
+        ("captions.variants", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
+        lambda c: c.captions.variants == 1 and c.captions.style == "tags" and _varies(c),
+        "`captions.variants = 1` shuffles or drops the tags of each caption once, and then always shows it that way",
+        "captions are encoded before the training: set `captions.variants = 8`, or leave out `captions.shuffle` and `captions.tag_drop_prob`",
+    ),
+    Rule(
+        ("captions.tag_drop_prob", "captions.keep_first", "captions.style"),
+        lambda c: c.captions.style == "tags" and c.captions.tag_drop_prob == 1 and c.captions.keep_first == 0,
+        "`captions.tag_drop_prob = 1` drops every tag of every caption",
+        "set it to 0.1 for some variety, or set `captions.keep_first`",
+    ),
+    # loss
+    Rule(
+        ("diffusion.gamma", "diffusion.weighting"),
+        lambda c: c.diffusion.weighting == "none" and c.diffusion.gamma != 5.0,
+        '`diffusion.gamma` does nothing with `diffusion.weighting = "none"`',
+        'it belongs to "min_snr" and "clamped_v": set one of them, or leave out `diffusion.gamma`',
+    ),
+    Rule(
+        ("diffusion.weight_floor", "diffusion.weighting"),
+        lambda c: c.diffusion.weighting != "min_snr" and c.diffusion.weight_floor != 0.05,
+        '`diffusion.weight_floor` does nothing with `diffusion.weighting = "{c.diffusion.weighting}"`',
+        'it belongs to "min_snr": set that, or leave out `diffusion.weight_floor`',
+    ),
+    # time
+    Rule(
+        ("training.length",),
+        lambda c: c.training.length.value == 0,
+        "`training.length` is zero",
+        'say how long to train, such as "2000 steps" or "10 epochs"',
+    ),
+    Rule(
+        ("training.length",),
+        lambda c: c.training.length.unit == "seconds",
+        "`training.length` cannot be a time",
+        'the learning rate needs to know the last step, and a run should end the same on any machine: write "2000 steps" or "10 epochs"',
+    ),
+    Rule(
+        ("lr.warmup",),
+        lambda c: c.lr.warmup.unit == "seconds",
+        "`lr.warmup` cannot be a time",
+        'a run should be the same on any machine: write it as "100 steps" or "0.1 epochs"',
+    ),
+    Rule(
+        ("lr.warmup", "training.length", "training.batch_size", "training.accumulation_steps"),
+        lambda c: _longer(c, c.lr.warmup, c.training.length),
+        '`lr.warmup` ("{c.lr.warmup}") is longer than `training.length` ("{c.training.length}")',
+        "the learning rate would never reach its peak: a twentieth of the length is plenty",
+    ),
+    *(
+        Rule(
+            (key,),
+            lambda c, key=key: _duration(c, key).unit == "seconds",
+            f"`{key}` cannot be a time",
+            "what is measured should not depend on how fast the machine is, so that a resumed run repeats it: "
+            'count in steps or epochs, such as "100 steps"',
+        )
+        for key in ("tracking.log_every", "validation.every")
+    ),
+    *(
+        Rule(
+            (key,),
+            lambda c, key=key: _duration(c, key).value == 0,
+            f"`{key}` is zero",
+            'write how often, such as "100 steps"' + (', or "never"' if key in ("validation.every", "samples.every") else ""),
+        )
+        for key in ("tracking.log_every", "validation.every", "samples.every", "checkpoints.every")
+    ),
+    Rule(
+        ("lr.end_factor", "lr.schedule"),
+        lambda c: c.lr.schedule == "constant" and c.lr.end_factor != 0,
+        '`lr.end_factor` does nothing with `lr.schedule = "constant"`',
+        'set `lr.schedule = "cosine"` or `"linear"`, or leave out `lr.end_factor`',
+    ),
+    # samples
+    Rule(
+        ("samples.guidance_rescale", "samples.guidance_scale"),
+        lambda c: c.samples.guidance_scale == 1 and c.samples.guidance_rescale > 0,
+        "`samples.guidance_rescale` does nothing with `samples.guidance_scale = 1`",
+        "1 turns guidance off, so there is nothing to pull back: set `samples.guidance_scale = 5`, or leave out `samples.guidance_rescale`",
+    ),
+    Rule(
+        ("samples.negative_prompt", "samples.guidance_scale"),
+        lambda c: c.samples.guidance_scale == 1 and bool(c.samples.negative_prompt),
+        "`samples.negative_prompt` does nothing with `samples.guidance_scale = 1`",
+        "1 turns guidance off: set `samples.guidance_scale = 5`, or leave out `samples.negative_prompt`",
+    ),
+    # folders
+    Rule(
+        ("data.sources",),
+        lambda c: _repeats_source(c),
+        "the same folder stands twice in `data.sources`",
+        "its pictures would be counted twice: list it once, with `repeats = 2` if you want them more often",
+    ),
+    Rule(
+        ("run.folder", "data.sources"),
+        lambda c: any(_inside(c.run.folder, source.folder) for source in c.data.sources),
+        "`run.folder` lies inside a folder of `data.sources`",
+        "the sample pictures of this run would become training pictures of the next: choose a folder outside",
+    ),
+)
+"""Contradictions: a config with one of them is refused."""
+
+REMARKS = (
+    Rule(
+        ("optimizer.learning_rate",),
+        lambda c: c.optimizer.learning_rate > NOTABLE_LEARNING_RATE,
+        "`optimizer.learning_rate = {c.optimizer.learning_rate:g}` is far above what full fine-tuning of SDXL stands",
+        "1e-6 to 1e-5 is usual",
+    ),
+    Rule(
+        ("optimizer.learning_rate",),
+        lambda c: c.optimizer.learning_rate == 0,
+        "`optimizer.learning_rate` is 0: nothing will be learned",
+        "1e-6 to 1e-5 is usual",
+    ),
+    Rule(
+        ("crop.mode", "crop.variants"),
+        lambda c: c.crop.mode == "random" and c.crop.variants == 1,
+        '`crop.mode = "random"` with `crop.variants = 1` picks one crop per picture and keeps it',
+        "`crop.variants = 4` gives real variety for four times the cache",
+    ),
+    Rule(
+        ("diffusion.weight_floor", "diffusion.weighting", "model.zero_terminal_snr"),
+        lambda c: c.diffusion.weighting == "min_snr" and c.diffusion.weight_floor == 0 and c.model.zero_terminal_snr is not False,
+        "min_snr with `diffusion.weight_floor = 0` never trains the last timestep of a model with zero terminal SNR",
+        '`diffusion.weighting = "clamped_v"` does',
+    ),
+    Rule(
+        ("ema.decay", "ema.warmup", "training.length"),
+        lambda c: c.ema.enabled and not c.ema.warmup and _kept_by_ema(c) > 0.5,
+        "without `ema.warmup`, the average will still be mostly the base model when the run ends",
+        "set `ema.warmup = true`, or a lower `ema.decay`",
+    ),
+    Rule(
+        ("captions.dropout_prob",),
+        lambda c: c.captions.dropout_prob > 0.5,
+        "`captions.dropout_prob = {c.captions.dropout_prob:g}` hides most captions",
+        "0.1 is usual",
+    ),
+    Rule(
+        ("samples.height", "samples.width", "buckets.resolution"),
+        lambda c: bool(c.samples.prompts) and not 0.5 <= c.samples.height * c.samples.width / c.buckets.resolution**2 <= 2,
+        "samples of {c.samples.width}x{c.samples.height} have another size than the training pictures (about {c.buckets.resolution} squared)",
+        "a model draws best at the size that it is trained at",
+    ),
+    Rule(
+        ("cache.folder", "data.sources"),
+        lambda c: any(_inside(c.cache.folder, source.folder) for source in c.data.sources),
+        "`cache.folder` lies inside a folder of `data.sources`",
+        "it works, but keeps your pictures and our files apart no longer",
+    ),
+)
+"""Worth a look, but allowed."""
+
+
+def find(rules: tuple[Rule, ...], config: Config, broken: AbstractSet[str] = frozenset()) -> Iterator[Finding]:
+    """The rules that apply. Rules about a setting in `broken` (dotted keys) are left out: its value is not the user's."""
+    for rule in rules:
+        if not any(_touches(key, broken) for key in rule.keys) and rule.applies(config):
+            yield Finding(rule.keys, rule.message.format(c=config), rule.hint)
+
+
+def _touches(key: str, broken: AbstractSet[str]) -> bool:
+    return any(other == key or other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in broken)
+
+
+def has_bucket(buckets: BucketsSection) -> bool:
+    """Whether at least one picture shape satisfies all settings."""
+    area = buckets.resolution**2
+    first = -(-buckets.min_side // buckets.step) * buckets.step
+    for short in range(first, min(buckets.max_side, buckets.resolution) + 1, buckets.step):
+        longest = min(buckets.max_side, area // short, int(short * buckets.max_aspect))
+        long = longest // buckets.step * buckets.step
+        if long >= short and short * long >= MIN_BUCKET_AREA * area:
+            return True
+    return False
+
+
+def _varies(config: Config) -> bool:
+    return config.captions.shuffle or config.captions.tag_drop_prob > 0
+
+
+def _duration(config: Config, key: str) -> Duration:
+    """The value of `section.name`; for "never", any that no rule minds."""
+    section, name = key.split(".")
+    value: Duration | None = getattr(getattr(config, section), name)
+    return value or Duration(1, "steps")
+
+
+def _samples(config: Config, duration: Duration) -> float | None:
+    """Pictures that pass in this time, or None if that depends on how many there are."""
+    per_step = config.training.batch_size * config.training.accumulation_steps
+    return {"steps": duration.value * per_step, "samples": duration.value}.get(duration.unit)
+
+
+def _longer(config: Config, first: Duration, second: Duration) -> bool:
+    if first.unit == second.unit:
+        return first.value > second.value
+    samples = _samples(config, first), _samples(config, second)
+    return samples[0] is not None and samples[1] is not None and samples[0] > samples[1]
+
+
+def _kept_by_ema(config: Config) -> float:
+    """The base model's share of the average at the end of the run; 0 if the number of steps is not known."""
+    length = config.training.length
+    return config.ema.decay**length.value if length.unit == "steps" else 0.0
+
+
+def _repeats_source(config: Config) -> bool:
+    sources = [(source.folder, source.caption_extension) for source in config.data.sources]
+    return len(set(sources)) < len(sources)
+
+
+def _inside(folder: Path, parent: Path) -> bool:
+    return folder == parent or parent in folder.parents

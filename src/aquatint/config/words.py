@@ -1,0 +1,93 @@
+"""What is said about a setting that is missing, misspelt or wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from aquatint.config.describe import ANY_INDEX, Setting, all_keys, generic, optimizers_with, table
+from aquatint.config.duration import Duration
+
+_MAX_SHOWN = 60  # characters of a wrong value
+_EXAMPLES = {
+    "model.base": 'add `base = "sd_xl_base_1.0.safetensors"` under `[model]`',
+    "data.sources": 'add a `[[data.sources]]` line, and below it `folder = "pictures"`',
+    "data.sources.*.folder": 'add `folder = "pictures"` under `[[data.sources]]`',
+}
+_FIRST_IN_SECTION = {"model": "model.base", "data": "data.sources"}
+
+
+def find_setting(key: str) -> Setting | None:
+    """The setting of a dotted key; of an entry of a list of plain values, the list."""
+    key = generic(key)
+    for name in (key, key.removesuffix(f".{ANY_INDEX}")):
+        owners = optimizers_with(name)
+        if owners:
+            return table(owners[0]).settings[name]
+    return None
+
+
+def nearest(text: str, choices: Iterable[str]) -> str | None:
+    found = difflib.get_close_matches(text.lower(), list(choices), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def shown(value: Any) -> str:
+    """A value as the user wrote it, or nearly, cut if long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def suggestion_hint(suggestions: list[str], section: str = "") -> str:
+    """What to do about an unknown key: `did you mean …?` with the default, or where to look."""
+    if not suggestions:
+        known = section if generic(section) in all_keys() else ""
+        return f"`aquatint config explain{' ' + known if known else ''}` lists the settings that there are"
+    names = [f"`{key.replace(f'.{ANY_INDEX}', '.0')}`" for key in suggestions]
+    setting = find_setting(suggestions[0])
+    default = f" (default {shown(setting.default)})" if setting and not setting.required and setting.default is not None else ""
+    home = suggestions[0].rpartition(".")[0]
+    moved = f" It stands under `[{home}]`." if home and generic(section) != home and ANY_INDEX not in home else ""
+    return f"did you mean {' or '.join(names)}?{default if len(names) == 1 else ''}{moved}"
+
+
+def missing_value(key: str) -> tuple[str, str]:
+    """Message and hint for a required setting that is not there."""
+    key = _FIRST_IN_SECTION.get(key, key)
+    setting = find_setting(key)
+    doc = setting.doc if setting else table().sections.get(generic(key), "")
+    return f"missing setting `{key}`", f"{_EXAMPLES[generic(key)]} ({_uncapitalised(doc)})"
+
+
+def wrong_value(key: str, value: Any) -> tuple[str, str]:
+    """Message and hint for a value that a setting or section cannot have."""
+    message = f"wrong value {shown(value)} for `{key}`"
+    if generic(key) in ("data.sources", f"data.sources.{ANY_INDEX}"):
+        return message, 'give each folder a `[[data.sources]]` line of its own (two brackets), and below it `folder = "pictures"`'
+    setting = find_setting(key)
+    if setting is None:
+        inside = next((other for other in all_keys() if other.startswith(f"{generic(key)}.")), key)
+        return message, f"`{key}` is a section that holds settings, such as `{inside}`"
+    default = "" if setting.required or setting.default is None else f" (default {shown(setting.default)})"
+    return message, f"write {setting.kind}{_example(setting, value)}{default}"
+
+
+def _example(setting: Setting, value: Any) -> str:
+    """The value that was probably meant."""
+    if isinstance(value, str) and (choice := nearest(value, setting.choices)):
+        return f'; did you mean "{choice}"?'
+    if "duration" in setting.kind and isinstance(value, int | float) and not isinstance(value, bool):
+        return f': "{Duration(float(value), "steps")}"?'
+    if isinstance(value, int) and "multipleOf" in setting.schema and value > setting.schema["minimum"]:
+        step = setting.schema["multipleOf"]
+        return f", such as {value // step * step} or {-(-value // step) * step}"
+    if isinstance(value, str) and setting.schema.get("type") in ("integer", "number", "boolean"):
+        bare = value.strip().lower()
+        return f", without quotes: {bare}" if bare in ("true", "false") or bare.replace(".", "", 1).isdecimal() else ""
+    return ""
+
+
+def _uncapitalised(text: str) -> str:
+    return (text[:1].lower() + text[1:]).rstrip(".")

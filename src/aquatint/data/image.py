@@ -1,0 +1,371 @@
+"""Pictures: recognised by content, checked from the header, decoded to sRGB. The only module that uses Pillow.
+
+A picture array is uint8 (height, width, 3) in sRGB, upright. Files are only read, never changed. What cannot be used
+raises `BadImage` with a reason that reads well after the file's name; trouble with the disk is a StorageError.
+
+Known limit: a JPEG whose coded data was damaged in the middle decodes to wrong pixels without any error, because the
+format has no checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    QoiImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from aquatint import storage
+
+Pixels = npt.NDArray[np.uint8]
+
+MIN_SIDE_PX = 8  # less is a tracking pixel or a scrap, and no bucket could do anything with it
+_PLUGINS = (  # importing a plugin is what registers its format
+    JpegImagePlugin, PngImagePlugin, WebPImagePlugin, AvifImagePlugin, GifImagePlugin, BmpImagePlugin,
+    TiffImagePlugin, Jpeg2KImagePlugin, PpmImagePlugin, QoiImagePlugin,
+)  # fmt: skip
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI")  # none that runs a program, as EPS does
+_READABLE = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF, JPEG 2000, PNM or QOI"
+_ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # a camera's JPEG with a preview inside is not one
+_UPRIGHT = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """A picture that cannot be used. The text is the reason, and reads well after the file's name and a colon."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture's header says: its upright size, and remarks about what will be done to it."""
+
+    size_hw: tuple[int, int]
+    notices: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Keeps Pillow's remarks on odd files, which name no file, off the screen.
+
+    Goes around the threads that read pictures and not into them: the filters belong to the whole process.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def read_header(path: Path, max_pixels: int) -> Header:
+    """Size and remarks, without decoding any pixel. Raises BadImage, and StorageError if the file cannot be read."""
+    with storage.storage_errors("read", path), path.open("rb") as file:
+        image = _open(file)
+        _check_size(image, max_pixels)
+        width, height = image.size
+        turned = _orientation(image) in (5, 6, 7, 8)
+        return Header((width, height) if turned else (height, width), tuple(_notices(image)))
+
+
+def load_image(path: Path, alpha_color: str, max_pixels: int) -> Pixels:
+    """The upright first frame as uint8 (H, W, 3) in sRGB, over `alpha_color` (`#rrggbb`) where it is transparent.
+
+    Deeper numbers are scaled to 0..255, not clipped. Raises BadImage, and StorageError if the file cannot be read.
+    """
+    with storage.storage_errors("read", path):
+        data = path.read_bytes()
+    image = _open(io.BytesIO(data))
+    _check_size(image, max_pixels)
+    orientation = _orientation(image)
+    with _decoder_errors(image.format):
+        image.load()
+        color, alpha = _split_alpha(_to_eight_bits(image))
+        picture = _to_srgb(color, image.info.get("icc_profile"))
+    if alpha is not None:
+        picture = Image.composite(picture, Image.new("RGB", picture.size, alpha_color), alpha)
+    if orientation in _UPRIGHT:
+        picture = picture.transpose(_UPRIGHT[orientation])
+    return np.array(picture, dtype=np.uint8)
+
+
+def resize(image: Pixels, size_hw: tuple[int, int], *, box_tlbr: tuple[float, float, float, float] | None = None) -> Pixels:
+    """Resampled with Lanczos, antialiased, to `size_hw`; of the part `box_tlbr` (top, left, bottom, right) if given.
+
+    The box is in pixels of `image`, may lie between pixels, and sees its surroundings: the result is the same as
+    resizing everything and cropping, without ever holding the resized whole.
+    """
+    height, width = image.shape[:2]
+    top, left, bottom, right = box_tlbr or (0, 0, height, width)
+    if (top, left, bottom, right) == (0, 0, *size_hw) and size_hw == (height, width):
+        return image
+    target_wh = (size_hw[1], size_hw[0])
+    resized = Image.fromarray(image).resize(target_wh, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    return np.array(resized, dtype=np.uint8)
+
+
+def save_png(path: Path, image: Pixels) -> None:
+    """Writes uint8 (H, W, 3) as a PNG file. Raises StorageError."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    storage.write_bytes(path, buffer.getvalue())
+
+
+# Opening and checking
+
+
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
+    """Recognises a picture by its content and reads its header. Raises BadImage.
+
+    Goes to the format's reader directly: Image.open has a pixel limit of its own, a mutable global, half of which is
+    a warning. Ours is `max_pixels`.
+    """
+    start = file.read(64)
+    for name in _FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(start[:16]) is not True:
+            continue
+        file.seek(0)
+        with _decoder_errors(name):
+            return factory(file, "")
+    raise BadImage(_why_unknown(start))
+
+
+def _why_unknown(start: bytes) -> str:
+    """The most helpful thing to say about a file that is none of our formats, from its first bytes."""
+    if not start:
+        return "the file is empty"
+    if not start.strip(b"\0"):
+        return "the file begins with zeros: it was probably never written or downloaded completely"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<head")):
+        return "is a web page, not a picture: the download was probably refused"
+    if start[4:8] == b"ftyp":
+        return "is a HEIC or video file, which cannot be read: convert it to JPEG or PNG"
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "is a JPEG XL file, which cannot be read: convert it to PNG"
+    if start.startswith(b"8BPS"):
+        return "is a Photoshop file, which cannot be read: export it as PNG"
+    return f"is not a picture that can be read ({_READABLE})"
+
+
+def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Raises BadImage for too many pixels or too few."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"has {width} x {height} pixels, more than the {max_pixels:,} that data.max_pixels allows")
+    if min(width, height) < MIN_SIDE_PX:
+        raise BadImage(f"has only {width} x {height} pixels; each side needs at least {MIN_SIDE_PX}")
+
+
+def _notices(image: ImageFile.ImageFile) -> Iterator[str]:
+    if image.format in _ANIMATIONS:
+        with _decoder_errors(image.format):
+            animated = getattr(image, "is_animated", False)
+        if animated:
+            yield "has several frames; the first one is used"
+    profile = image.info.get("icc_profile")
+    if profile and _color_transform(profile, _color_mode(image)) == "broken":
+        yield "has a colour profile that is broken or does not fit; sRGB is assumed"
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation 1..8, from what stands before the pixels.
+
+    Pillow's own PNG reader would decode the whole file to look for it behind them, and its TIFF reader applies it by
+    itself. Damaged EXIF data says nothing, as in every viewer.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever damaged bytes lead the parser to
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+@contextlib.contextmanager
+def _decoder_errors(format_name: str | None) -> Iterator[None]:
+    """Whatever a decoder raises on damaged bytes becomes BadImage. Only Pillow's own work goes inside."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadImage(f"is a damaged {format_name} file: {reason}") from error
+
+
+# Numbers and transparency
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey as 8-bit grey, scaled; everything else as it is. Transparency stays in `info`."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = Image.fromarray(_scale_to_eight_bits(values))
+    if isinstance(key := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _scale_to_eight_bits(values: npt.NDArray[Any]) -> Pixels:
+    """(H, W) of any numbers to uint8 over their full scale.
+
+    Full scale is 0..65535 for integers and 0..1 for floats, as files mean it; numbers beyond that stretch it, so that
+    nothing is clipped.
+    """
+    if not np.isfinite(values).all():
+        raise BadImage("has values that are not numbers")
+    unit = 1.0 if values.dtype.kind == "f" else 65535.0
+    low, high = min(0.0, float(values.min())), max(unit, float(values.max()))
+    return np.round((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours without transparency, and the opacity (mode L) if there is any."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if not image.has_transparency_data:
+        return image, None
+    if image.mode in ("1", "L", "RGB"):
+        return image, _opacity_from_key(image)
+    image = image.convert("RGBA")
+    return image.convert("RGB"), image.getchannel("A")
+
+
+def _opacity_from_key(image: Image.Image) -> Image.Image:
+    """Opacity (mode L) of a picture in which one colour stands for transparent."""
+    key = np.atleast_1d(np.asarray(image.info["transparency"]))
+    if key.max() > 255:  # a 16-bit PNG: Pillow keeps the upper byte of the pixels, but not of the key
+        key = key >> 8
+    values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    return Image.fromarray(np.where((values.reshape(*values.shape[:2], -1) == key).all(axis=-1), 0, 255).astype(np.uint8))
+
+
+# Colour
+
+
+def _color_mode(image: Image.Image) -> str:
+    """The Pillow mode in which this picture's colours meet a profile: L, RGB, CMYK or LAB."""
+    if image.mode in ("CMYK", "LAB"):
+        return image.mode
+    return "L" if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else "RGB"
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Mode RGB in sRGB. Without a profile, or with a broken one, the numbers are taken to be sRGB already."""
+    mode = _color_mode(image)
+    transform = _color_transform(profile or b"", mode)
+    if isinstance(transform, str):
+        return image.convert("RGB")
+    return transform.apply(image.convert(transform.input_mode))
+
+
+@functools.lru_cache(maxsize=32)
+def _color_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | Literal["none", "broken"]:
+    """From an ICC profile (or from CIE Lab) to sRGB for pictures of `mode`; `none` if it would change nothing."""
+    if mode == "LAB":
+        return _build_transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
+    if not profile:
+        return "none"
+    input_mode = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}.get(profile[16:20], "")
+    if input_mode != mode and (input_mode, mode) != ("RGB", "L"):
+        return "broken"
+    try:
+        transform = _build_transform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), input_mode)
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return "broken"
+    return "none" if _changes_nothing(transform) else transform
+
+
+def _build_transform(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    """Relative colorimetric with black point compensation, as browsers do it. NOCACHE makes it safe across threads."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE
+    return ImageCms.ImageCmsTransform(profile, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=flags)
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether no colour of a 17 x 17 x 17 cube moves by more than 1 of 255: then the profile is sRGB by another name."""
+    if transform.input_mode == "CMYK":
+        return False
+    steps = np.round(np.linspace(0, 255, 17)).astype(np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(17, -1, 3)
+    before = Image.fromarray(cube).convert(transform.input_mode)
+    after = np.asarray(transform.apply(before), dtype=np.int16)
+    return bool(np.abs(after - np.asarray(before.convert("RGB"), dtype=np.int16)).max() <= 1)
+
+
+# Contact sheets
+
+_MARGIN_PX = 8
+_MAX_LABEL_LINES = 6
+
+
+def contact_sheet(images: Sequence[Pixels], labels: Sequence[str], columns: int) -> Pixels:
+    """Pictures of any sizes in rows of `columns`, each with its label wrapped under it: uint8 (H, W, 3) on white."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    font = ImageFont.load_default(size=min(28.0, max(12.0, width / 24)))
+    texts = [_wrap(label, font, width) for label in labels]
+    line_px = round(getattr(font, "size", 12) * 1.3)
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    row_px = [height + line_px * max(len(texts[index]) for index in row) + 2 * _MARGIN_PX for row in rows]
+    sheet = Image.new("RGB", (min(columns, len(images)) * (width + _MARGIN_PX) + _MARGIN_PX, sum(row_px) + _MARGIN_PX), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, top in zip(rows, np.cumsum([_MARGIN_PX, *row_px]), strict=False):
+        for column, index in enumerate(row):
+            left = _MARGIN_PX + column * (width + _MARGIN_PX)
+            image = images[index]
+            sheet.paste(Image.fromarray(image), (left + (width - image.shape[1]) // 2, int(top) + height - image.shape[0]))
+            for number, line in enumerate(texts[index]):
+                pen.text((left, int(top) + height + number * line_px + 2), line, fill="black", font=font)
+    return np.array(sheet, dtype=np.uint8)
+
+
+def _wrap(text: str, font: Any, width_px: int) -> list[str]:
+    """Lines no wider than `width_px`; a word that is wider by itself is cut."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width_px:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width_px:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > _MAX_LABEL_LINES:
+        lines = [*lines[: _MAX_LABEL_LINES - 1], lines[_MAX_LABEL_LINES - 1][:-1] + "…"]
+    return lines

@@ -1,0 +1,43 @@
+"""What a run writes to disk, from the config and the shapes alone."""
+
+from __future__ import annotations
+
+from math import prod
+
+from aquatint.config.schema import Config
+from aquatint.models.sdxl.model import ModelSpec
+from aquatint.planning.memory import DTYPE_BYTES, Part, gib, largest_bucket, state_parts
+
+LATENT_SCALE = 8
+TOKENS = 77
+
+
+def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
+    """One checkpoint: weights, optimizer state and moving average as they are in memory."""
+    return sum(part.bytes for part in state_parts(config, spec))
+
+
+def export_bytes(config: Config, spec: ModelSpec) -> int:
+    """One exported model. The parts that are not trained are taken as float16, which most bases are."""
+    others = sum(spec.num_parameters(component) for component in ("vae", "text_encoder", "text_encoder_2"))
+    return spec.num_parameters("unet") * DTYPE_BYTES[config.export.dtype] + others * DTYPE_BYTES["float16"]
+
+
+def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
+    """The cached views and captions of one picture in the largest bucket, captions of one chunk."""
+    height, width = largest_bucket(config)
+    views = (config.crop.variants if config.crop.mode == "random" else 1) * (2 if config.crop.flip_prob > 0 else 1)
+    latent = 2 * prod((spec.unet["in_channels"], height // LATENT_SCALE, width // LATENT_SCALE)) * DTYPE_BYTES[config.cache.latent_dtype]
+    text = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
+    return views * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
+
+
+def plan_disk(config: Config, spec: ModelSpec, num_pictures: int) -> tuple[Part, ...]:
+    """What ends up on disk, checkpoints counted with the one that is being written before an old one goes."""
+    one, keep = checkpoint_bytes(config, spec), config.checkpoints.keep
+    exports = config.export.single_file + config.export.diffusers_folder
+    return (
+        Part("checkpoints", one * (keep + 1), f"{gib(one)} each, {keep} kept and one more while it is written"),
+        Part("exported model", export_bytes(config, spec) * exports, config.export.dtype),
+        Part("cache", cache_bytes_per_picture(config, spec) * num_pictures, f"at most, for {num_pictures:,} pictures not encoded before"),
+    )

@@ -1,0 +1,77 @@
+"""The plan of a run as text: steps, memory and disk, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aquatint.config.schema import Config
+from aquatint.data.sources.folder import list_folder
+from aquatint.models.sdxl.load import open_base
+from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
+from aquatint.planning.disk import plan_disk
+from aquatint.planning.memory import MemoryPlan, Part, Saving, Tracer, gib, plan_memory, savings
+from aquatint.planning.schedule import count, expected_held_out, plan_steps
+
+NAME_WIDTH, SIZE_WIDTH = 28, 11
+
+
+def plan_text(config: Config) -> str:
+    """Everything that can be known beforehand. Needs neither weights nor a GPU. Raises UsageError for an unusable base."""
+    spec, remark = find_spec(config)
+    pictures = [len(list_folder(source.folder, source.caption_extension).paths) for source in config.data.sources]
+    tracer = Tracer(spec)
+    plan = plan_memory(config, spec, tracer)
+    blocks = [
+        [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
+        ["Steps", *steps_lines(config, pictures)],
+        ["GPU memory", *memory_lines(plan, config.training.batch_size), *saving_lines(savings(config, spec, tracer))],
+        ["Disk", *table(plan_disk(config, spec, sum(pictures)))],
+    ]
+    return "\n\n".join("\n".join([block[0], *(f"  {line}".rstrip() for line in block[1:])]) for block in blocks) + "\n"
+
+
+def find_spec(config: Config) -> tuple[ModelSpec, str]:
+    """The sizes of the base model, and a remark if they had to be assumed. Raises ModelFileError."""
+    if config.model.base.exists():
+        return open_base(config.model.base, config.model.vae).spec, ""
+    return sdxl_spec(), f"{config.model.base} is not there: the sizes are those of SDXL 1.0"
+
+
+def steps_lines(config: Config, pictures: Sequence[int]) -> list[str]:
+    """From pictures to steps. `pictures` are the files found in each source."""
+    lines, samples = [], 0
+    for source, found in zip(config.data.sources, pictures, strict=True):
+        samples += found * source.repeats
+        lines.append(f"{source.folder}: {count(found, 'picture')} × {count(source.repeats, 'repeat')} = {found * source.repeats:,}")
+    held_out = expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
+    if held_out:
+        lines.append(f"about {count(held_out, 'picture')} of these for validation only")
+        samples = round(samples * (1 - held_out / sum(pictures)))
+    if samples == 0:
+        return [*lines, "there is nothing to train on yet"]
+    training = config.training
+    return [*lines, *plan_steps(samples, training.batch_size, training.accumulation_steps, training.length).lines()]
+
+
+def memory_lines(plan: MemoryPlan, batch_size: int) -> list[str]:
+    """Every phase with its parts, and the card that it takes."""
+    height, width = plan.size_hw
+    lines = [f"an estimate, for the largest bucket ({width} × {height} pixels) and a batch of {batch_size}"]
+    for phase in plan.phases:
+        mark = "  <- the most" if phase is plan.largest and len(plan.phases) > 1 else ""
+        lines += ["", f"{phase.name:<{NAME_WIDTH}}{gib(phase.bytes):>{SIZE_WIDTH}}{mark}"]
+        lines += [f"  {line}" for line in table(phase.parts, NAME_WIDTH - 2)]
+    card = f"a card with {plan.card_gib} GB should do" if plan.card_gib else "no single card has that much"
+    return [*lines, "", f"with about 1.5 GiB for the driver and what the allocator cannot use, {card}"]
+
+
+def saving_lines(found: Sequence[Saving]) -> list[str]:
+    """What would make it less."""
+    if not found:
+        return []
+    return ["", "to need less:", *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change}: {saving.price}" for saving in found)]
+
+
+def table(parts: Sequence[Part], width: int = NAME_WIDTH) -> list[str]:
+    """One line per part."""
+    return [f"{part.name:<{width}}{gib(part.bytes):>{SIZE_WIDTH}}   {part.note}".rstrip() for part in parts]

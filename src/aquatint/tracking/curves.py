@@ -1,0 +1,101 @@
+"""The losses of a run as one picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aquatint.storage import write_bytes
+from aquatint.tracking.files import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, FAINT, TRAINING, VALIDATION = "#2b2b33", "#d9d9e0", "#3b6ea5", "#c8553d"
+
+
+def plot_losses(metrics_path: Path, png_path: Path, *, title: str = "", loss: str = "loss", validation: str = "val_loss") -> bool:
+    """Draws `loss` and `validation` over the steps into a PNG. False, and no picture, if there is no loss to draw yet.
+
+    The validation loss gets a panel of its own: it moves by far less than the training loss scatters, and the two are
+    not on one scale when the training loss is weighted. Raises StorageError.
+    """
+    rows = read_rows(metrics_path)
+    training, held_out = series(rows, loss), series(rows, validation)
+    if not len(training[0]):
+        return False
+    write_bytes(png_path, _draw(training, held_out, title))
+    return True
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and values (n,), float64, of the rows that have a number under `name`."""
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def smooth(values: np.ndarray, width: float) -> np.ndarray:
+    """A running mean with a bell-shaped window of standard deviation `width` (in rows), centred, so that nothing lags.
+
+    Near the ends only the rows that exist are averaged.
+    """
+    reach = int(3 * width)
+    if reach < 1 or len(values) < 3:
+        return values
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    total, weight = (np.convolve(x, kernel, mode="full")[reach : reach + len(values)] for x in (values, np.ones_like(values)))
+    return total / weight
+
+
+def _draw(training: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray], title: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = 2 if len(held_out[0]) else 1
+    figure = Figure(figsize=(9, 3.4 * panels), dpi=120, layout="constrained", facecolor="white")
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    _draw_training(axes[0], *training)
+    if panels == 2:
+        _draw_validation(axes[1], *held_out)
+    for panel in axes:
+        _dress(panel)
+    axes[-1].set_xlabel("step", color=INK)
+    figure.align_ylabels()
+    axes[0].set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _draw_training(panel: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    panel.plot(steps, values, color=TRAINING, alpha=0.25, linewidth=0.8)
+    panel.plot(steps, smooth(values, len(values) / 60), color=TRAINING, linewidth=2.0, solid_capstyle="round")
+    panel.set_ylabel("training loss", color=INK)
+    low, high = np.quantile(values, (0.005, 0.995))  # one odd row must not flatten the curve
+    room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    panel.set_ylim(low - room, high + room)
+
+
+def _draw_validation(panel: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    panel.plot(steps, values, color=VALIDATION, linewidth=1.6, marker="o", markersize=4)
+    best = int(np.argmin(values))
+    panel.plot(steps[best], values[best], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=VALIDATION, markeredgewidth=1.5)
+    note = f"lowest: {values[best]:.4g} at step {steps[best]:,.0f}"
+    panel.set_ylabel("validation loss", color=INK)
+    panel.set_title(note, loc="right", color=VALIDATION, fontsize=9)
+    panel.margins(y=0.18)
+
+
+def _dress(panel: Axes) -> None:
+    panel.grid(axis="y", color=FAINT, linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.spines["bottom"].set_color(FAINT)
+    panel.tick_params(colors=INK, length=0, labelsize=9)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == int(value) else "")
+    panel.margins(x=0.01)

@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there, and a resume that is exact.
+
+A checkpoint is a folder `step-000500` with the trained weights, the optimizer's tensors, the moving average, the state,
+and, last, `manifest.json` with size and SHA-256 of each file. It is written beside and renamed. Nothing else needs to be
+saved: order and randomness are functions of the position.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aquatint.errors import ResumeError
+from aquatint.storage import atomic_folder, digest_file, remove_folder, remove_temporaries, storage_errors, write_json
+from aquatint.tensor_file import LazyTensor, TensorFile, dtype_name, torch_dtype, write_tensors
+from aquatint.training.ema import Ema
+from aquatint.training.state import TrainState
+
+SCHEMA = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The tensors of a run: the model whose named parameters are trained, its optimizer, and its average."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+
+def save(folder: Path, trained: Trained, state: TrainState, *, plan_digest: str, keep: int) -> Path:
+    """Saves under `folder/step-N`, then removes all but the newest `keep`. Raises StorageError; older ones stay whole."""
+    path = folder / f"step-{state.step:06}"
+    if not path.exists():
+        with atomic_folder(path) as temporary:
+            tables = {"unet": dict(trained.model.named_parameters()), "optimizer": optimizer_tensors(trained)}
+            if trained.ema is not None:
+                tables["ema"] = trained.ema.average
+            files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", table) for name, table in tables.items()}
+            write_json(temporary / "state.json", {"schema": SCHEMA, "plan_digest": plan_digest, "state": state.as_json()})
+            files["state.json"] = digest_file(temporary / "state.json")
+            entries = {name: {"sha256": digest, "bytes": (temporary / name).stat().st_size} for name, digest in files.items()}
+            write_json(temporary / "manifest.json", {"schema": SCHEMA, "files": entries})
+    for old in sorted_checkpoints(folder)[keep:]:
+        remove_folder(old)
+    return path
+
+
+def sorted_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, newest first. Whether they are whole is another question: see `problem_of`."""
+    found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")), reverse=True)
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, in a few words; None if every file has the size and digest of its manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["schema"] != SCHEMA:
+            return f"it was written in format {manifest['schema']}, this version reads format {SCHEMA}"
+        for name, entry in manifest["files"].items():
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has the wrong size"
+            if digest_file(path / name) != entry["sha256"]:
+                return f"{name} is damaged (its digest differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is unreadable ({error})"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint and a note on each newer one that is not. Raises ResumeError if all are damaged."""
+    notes: list[str] = []
+    candidates = sorted_checkpoints(folder)
+    for path in candidates:
+        problem = problem_of(path)
+        if problem is None:
+            return path, notes
+        notes.append(f"skipped {path.name}: {problem}")
+    if candidates:
+        raise ResumeError(
+            f"no checkpoint in {folder} can be used: " + "; ".join(notes),
+            hint="restore one from a backup, or give the run another name to start anew",
+        )
+    return None, notes
+
+
+def restore(path: Path, trained: Trained, *, plan_digest: str, accept_changes: bool = False) -> TrainState:
+    """Fills `trained` from a checkpoint. Raises ResumeError if it is of another model, optimizer or picture set."""
+    saved = json.loads((path / "state.json").read_text())
+    if saved["plan_digest"] != plan_digest and not accept_changes:
+        raise ResumeError(
+            f"the pictures, captions or buckets are not those that {path} was trained on",
+            hint="undo the change, or add --accept-changes to go on with the new data from here",
+        )
+    fill(path / "unet.safetensors", dict(trained.model.named_parameters()))
+    if trained.ema is not None:
+        fill(path / "ema.safetensors", trained.ema.average)
+    restore_optimizer(path / "optimizer.safetensors", trained)
+    return TrainState(**saved["state"])
+
+
+@torch.no_grad()
+def fill(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Reads a file into tensors of the same names, shapes and dtypes. Raises ResumeError if they differ."""
+    with storage_errors("read", path), TensorFile(path) as file:
+        expected = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        found = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+        if expected != found:
+            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ResumeError(
+                f"{path} does not fit this run: `{different[0]}` and {len(different) - 1} others differ in name, shape or number format",
+                hint="continue with the same base model, precision and optimizer, or give the run another name",
+            )
+        for name, tensor in tensors.items():
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                file.read_into(name, tensor)
+            else:
+                tensor.copy_(file.read(name))
+
+
+def optimizer_tensors(trained: Trained) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `parameter name/key` -> tensor. Every value of ours and of torch's AdamW is a tensor."""
+    states = trained.optimizer.state
+    return {
+        f"{name}/{key}": value for name, parameter in trained.model.named_parameters() for key, value in states.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(path: Path, trained: Trained) -> None:
+    """Puts the saved state into the optimizer, dtypes untouched. Raises ResumeError if it is another optimizer's."""
+    parameters = dict(trained.model.named_parameters())
+    fused = {p for group in trained.optimizer.param_groups if group.get("fused") for p in group["params"]}
+    with storage_errors("read", path), TensorFile(path) as file:
+        states: dict[str, dict[str, Any]] = {}
+        for key in file.tensors:
+            name, _, field = key.rpartition("/")
+            if name not in parameters:
+                raise ResumeError(f"{path} holds state of `{name}`, which is not trained here", hint="continue with the same base model")
+            on_device = field != "step" or parameters[name] in fused  # torch keeps a fused optimizer's step on the device
+            states.setdefault(name, {})[field] = file.read(key).to(parameters[name].device if on_device else "cpu")
+    for name, state in states.items():
+        trained.optimizer.state[parameters[name]] = state
+
+
+def clean(folder: Path) -> None:
+    """Removes what a crash left half-written. The caller holds the run's lock."""
+    remove_temporaries(folder)
+
+
+def lazy_weights(path: Path) -> dict[str, LazyTensor]:
+    """A file's tensors, each read when its turn comes."""
+    file = TensorFile(path)
+    return {name: LazyTensor(torch_dtype(info.dtype), info.shape, partial(file.read, name)) for name, info in file.tensors.items()}

@@ -1,0 +1,46 @@
+"""Whether a run may go on with a config that is not the one it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aquatint.errors import ResumeError
+
+# These change nothing of what is trained. The pictures themselves are compared by content, whatever their path.
+FREE = (
+    "run.folder", "model.base", "model.vae", "data.", "cache.", "loader.", "validation.", "samples.", "checkpoints.", "export.",
+    "tracking.", "training.length", "training.device", "training.max_bad_steps",
+)  # fmt: skip
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The settings that decide the training and differ, as `name: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in different if not name.startswith(FREE)]
+
+
+def accept_config(folder: Path, new: Mapping[str, Any], *, resuming: bool, accept_changes: bool, say: Callable[[str], None]) -> None:
+    """Compares the config with the run's own. Raises ResumeError for a change that was not asked for with a flag."""
+    path = folder / "config.json"
+    if not resuming or not path.exists():
+        return
+    found = changes(json.loads(path.read_text()), new)
+    if found and not accept_changes:
+        raise ResumeError(
+            f"the run in {folder} was started with other settings: " + "; ".join(found),
+            hint="set them back, add --accept-changes to go on with the new ones, or start another run with run.name=...",
+        )
+    for change in found:
+        say(f"changed: {change}")

@@ -1,0 +1,80 @@
+"""Pictures from prompts, with the weights as they are: for a look during training, and for `aquatint sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aquatint.data.image import contact_sheet, save_png
+from aquatint.models.sdxl.generate import generate
+from aquatint.models.sdxl.load import BaseModel
+from aquatint.training.step import Objective
+
+TextEmbeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (77 n, D), pooled (P,)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to make. `negative` is None for the zero unconditional. `base` lends the autoencoder while pictures are made."""
+
+    base: BaseModel
+    device: torch.device
+    prompts: tuple[str, ...]
+    positives: tuple[TextEmbeds, ...]
+    negative: TextEmbeds | None
+    height: int
+    width: int
+    num_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    seed: int
+    batch_size: int = 8
+
+
+def make_samples(unet: Any, objective: Objective, request: SampleRequest) -> np.ndarray:
+    """One picture per prompt, uint8 (B, H, W, 3). The noise depends on the seed and the prompt's place in the list."""
+    vae = request.base.load_vae(torch.float32).to(request.device)
+    pictures = []
+    for indices in same_length(request.positives, request.batch_size):
+        negative = request.negative and stack([request.negative] * len(indices), request.device)
+        pictures.append(
+            generate(
+                unet, vae, objective.schedule, objective.prediction,
+                stack([request.positives[i] for i in indices], request.device), negative,
+                seed=request.seed, positions=indices, height=request.height, width=request.width, num_steps=request.num_steps,
+                guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
+            )
+        )  # fmt: skip
+    order = [i for indices in same_length(request.positives, request.batch_size) for i in indices]
+    return np.concatenate(pictures)[np.argsort(order)]
+
+
+def same_length(embeds: Sequence[TextEmbeds], batch_size: int) -> list[list[int]]:
+    """Indices of prompts in batches whose embeddings have the same number of tokens."""
+    by_length: dict[int, list[int]] = {}
+    for index, (hidden, _) in enumerate(embeds):
+        by_length.setdefault(len(hidden), []).append(index)
+    return [group[i : i + batch_size] for group in by_length.values() for i in range(0, len(group), batch_size)]
+
+
+def stack(embeds: Sequence[TextEmbeds], device: torch.device) -> TextEmbeds:
+    """Embeddings of several prompts as one batch, float32."""
+    hidden, pooled = zip(*embeds, strict=True)
+    return torch.stack(hidden).float().to(device), torch.stack(pooled).float().to(device)
+
+
+def write_samples(path: Path, unet: Any, objective: Objective, request: SampleRequest) -> np.ndarray:
+    """Makes the pictures and writes them as one labelled sheet. Returns them."""
+    was_training = unet.training
+    unet.eval()
+    try:
+        pictures = make_samples(unet, objective, request)
+    finally:
+        unet.train(was_training)
+    save_png(path, contact_sheet(list(pictures), list(request.prompts), columns=min(4, len(pictures))))
+    return pictures

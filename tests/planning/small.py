@@ -1,0 +1,22 @@
+"""A small model with SDXL's topology, and configs of it."""
+
+from aquatint.config.schema import Config
+from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
+
+
+def small_spec() -> ModelSpec:
+    official = sdxl_spec()
+    return ModelSpec(
+        unet={
+            **official.unet, "block_out_channels": [32, 64, 96], "attention_head_dim": [1, 2, 3], "norm_num_groups": 8,
+            "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 40, "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        },
+        vae={**official.vae, "block_out_channels": [8, 16, 24, 32], "norm_num_groups": 8},
+        text_encoder={**official.text_encoder, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+        text_encoder_2={**official.text_encoder_2, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "projection_dim": 24},
+    )  # fmt: skip
+
+
+def config(**sections) -> Config:
+    return Config.model_validate({"model": {"base": "/none/base.safetensors"}, "data": {"sources": [{"folder": "/none"}]}, **sections})
