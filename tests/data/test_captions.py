@@ -72,11 +72,10 @@ def test_a_caption_as_long_as_a_book_is_refused():
 def test_any_bytes_are_a_caption_or_refused_and_never_replaced(data):
     try:
         text, remark = decode_caption(data)
-    except BadCaption as error:
-        assert str(error)
-    else:
-        assert "\ufffd" not in text or "\ufffd".encode() in data or b"\xfd\xff" in data or b"\xff\xfd" in data
-        assert remark is None or "check that it was read well" in remark
+    except BadCaption:
+        return
+    assert "\ufffd" not in text or "\ufffd".encode() in data or b"\xfd\xff" in data or b"\xff\xfd" in data
+    assert remark is None or "check that it was read well" in remark
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,7 +160,8 @@ def test_captions_are_dropped_at_their_rates():
 
 
 @pytest.mark.parametrize(
-    ("prob", "zeros_share", "expected"), [(0.0, 0.5, {"keep"}), (1.0, 1.0, {"zeros"}), (1.0, 0.0, {"empty"}), (1.0, 0.5, {"zeros", "empty"})]
+    ("prob", "zeros_share", "expected"),
+    [(0.0, 0.5, {"keep"}), (1.0, 1.0, {"zeros"}), (1.0, 0.0, {"empty"}), (1.0, 0.5, {"zeros", "empty"})],
 )
 def test_dropout_at_its_limits(prob, zeros_share, expected):
     assert {draw_dropout(0, position, prob=prob, zeros_share=zeros_share) for position in range(200)} == expected

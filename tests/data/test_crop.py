@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquatint.data.buckets import candidates
-from aquatint.data.crop import Crop, apply, fit, views
+from aquatint.data.crop import apply, fit, views
 from aquatint.data.image import resize
+from tests import zoo
 
 SHAPES = [tuple(shape) for shape in candidates(resolution=1024, step=32, min_side=512, max_side=2048, max_aspect=4.0).tolist()]
 side = st.integers(8, 20_000)
@@ -57,12 +57,11 @@ def test_a_fit_covers_its_target_as_tightly_as_whole_pixels_allow(size_hw, targe
 
 @settings(max_examples=100, deadline=None)
 @given(size_hw=size, target_hw=shape, position=st.tuples(share, share))
-def test_mirroring_twice_is_not_mirroring(size_hw, target_hw, position):
-    crop = fit(size_hw, target_hw, position=position)
-    mirrored = Crop(crop.original_hw, crop.resized_hw, crop.top, crop.time_ids[3], target_hw, flipped=True)
-    excess = crop.resized_hw[1] - target_hw[1]
-    assert fit(size_hw, target_hw, position=position, flipped=True).time_ids[3] == excess - crop.left
-    assert mirrored.time_ids == Crop(crop.original_hw, crop.resized_hw, crop.top, excess - crop.left, target_hw, True).time_ids
+def test_what_is_cut_off_at_the_left_of_the_mirror_image_was_at_the_right(size_hw, target_hw, position):
+    plain, mirrored = (fit(size_hw, target_hw, position=position, flipped=flipped) for flipped in (False, True))
+    assert plain.time_ids[3] + target_hw[1] + mirrored.time_ids[3] == plain.resized_hw[1]
+    assert plain.time_ids[:3] + plain.time_ids[4:] == mirrored.time_ids[:3] + mirrored.time_ids[4:]
+    assert (plain.top, plain.left) == (mirrored.top, mirrored.left)
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,7 +86,7 @@ def test_a_crop_is_the_cut_out_of_the_whole_resized_picture(size_hw, target_hw, 
     whole = resize(image, crop.resized_hw)[crop.top : crop.top + target_hw[0], crop.left : crop.left + target_hw[1]]
     kept = apply(image, crop)
     assert kept.shape == (*target_hw, 3)
-    assert np.abs(kept.astype(int) - whole).max() <= 1
+    assert np.abs(kept.astype(int) - whole).max() <= 3  # Pillow keeps the box in single precision
 
 
 def test_a_mirrored_crop_is_the_mirror_image_of_the_plain_one():
@@ -97,7 +96,7 @@ def test_a_mirrored_crop_is_the_mirror_image_of_the_plain_one():
     assert not (mirrored == plain).all()
 
 
-def test_a_very_long_picture_is_cropped_without_resizing_all_of_it(monkeypatch):
+def test_a_very_long_picture_is_cropped_without_resizing_all_of_it():
     crop = fit((8, 20_000), (512, 2048))
     assert crop.resized_hw == (512, 1_280_000)
     assert apply(np.zeros((8, 20_000, 3), np.uint8), crop).shape == (512, 2048, 3)

@@ -1,4 +1,4 @@
-"""A small model with SDXL's topology, and configs of it."""
+"""A small model of SDXL's kinds of layers, and configs of it."""
 
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
@@ -6,15 +6,17 @@ from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 
 def small_spec() -> ModelSpec:
     official = sdxl_spec()
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2}
     return ModelSpec(
         unet={
-            **official.unet, "block_out_channels": [32, 64, 96], "attention_head_dim": [1, 2, 3], "norm_num_groups": 8,
-            "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 40, "addition_time_embed_dim": 8,
+            **official.unet, "block_out_channels": [32, 64], "attention_head_dim": [1, 2], "norm_num_groups": 8, "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2], "cross_attention_dim": 40, "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 24 + 6 * 8,
         },
         vae={**official.vae, "block_out_channels": [8, 16, 24, 32], "norm_num_groups": 8},
-        text_encoder={**official.text_encoder, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
-        text_encoder_2={**official.text_encoder_2, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "projection_dim": 24},
+        text_encoder={**official.text_encoder, **text, "hidden_size": 16, "intermediate_size": 32},
+        text_encoder_2={**official.text_encoder_2, **text, "hidden_size": 24, "intermediate_size": 48, "projection_dim": 24},
     )  # fmt: skip
 
 

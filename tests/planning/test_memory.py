@@ -158,9 +158,8 @@ def test_traces_are_made_once():
 
 
 def test_a_small_model_is_planned_from_end_to_end():
-    settings = config(
-        buckets={"resolution": 256, "min_side": 128}, samples={"prompts": ["a"], "height": 128, "width": 128}, training={"accumulation_steps": 2}
-    )
+    sizes = {"buckets": {"resolution": 256, "min_side": 128}, "samples": {"prompts": ["a"], "height": 128, "width": 128}}
+    settings = config(**sizes, training={"accumulation_steps": 2})
     memory = plan_memory(settings, small_spec())
     assert memory.size_hw == (256, 256)
     assert all(part.bytes > 0 for phase in memory.phases for part in phase.parts)

@@ -18,7 +18,8 @@ def test_epochs_become_the_least_number_of_steps_that_reaches_them(samples, batc
 
 
 @pytest.mark.parametrize(
-    ("length", "steps", "epochs"), [("1000 steps", 1000, 8000 / 612), ("10 epochs", 765, 10), ("1 epoch", 77, 616 / 612), ("20000 samples", 2500, 20000 / 612)]
+    ("length", "steps", "epochs"),
+    [("1000 steps", 1000, 8000 / 612), ("10 epochs", 765, 10), ("1 epoch", 77, 616 / 612), ("20000 samples", 2500, 20000 / 612)],
 )
 def test_each_unit_of_length_gives_its_steps(length, steps, epochs):
     plan = plan_steps(612, 4, 2, Duration.parse(length))
@@ -51,7 +52,8 @@ def test_an_empty_epoch_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "share", "expected"), [(1000, 0.02, 20), (10_000, 0.02, 64), (10, 0.02, 1), (1, 0.02, 0), (0, 0.02, 0), (1000, 0.0, 0), (4, 0.5, 2)]
+    ("num_pictures", "share", "expected"),
+    [(1000, 0.02, 20), (10_000, 0.02, 64), (10, 0.02, 1), (1, 0.02, 0), (0, 0.02, 0), (1000, 0.0, 0), (4, 0.5, 2)],
 )
 def test_the_number_of_held_out_pictures_is_estimated(num_pictures, share, expected):
     assert expected_held_out(num_pictures, share=share, max_pictures=64) == expected

@@ -47,11 +47,13 @@ def test_the_backward_pass_of_one_layer_is_counted_in_closed_form():
         inputs = torch.ones(16, 32)
         output = inputs @ weight.t()
         loss = output.square().sum()
-        assert live.now == 4 * (16 * 32 + 16 * 64 + 16 * 64 + 1) or live.now == 4 * (16 * 32 + 16 * 64 + 1)
+        assert live.now == 4 * (16 * 32 + 16 * 64 + 1)
+        assert live.peak == live.now + 4 * 16 * 64  # the squares, until they are summed
         loss.backward()
         del output, loss
-    assert live.now == 4 * (16 * 32 + 64 * 32) + 4 * 0 or live.now > 4 * 64 * 32
     assert weight.grad is not None
+    assert live.now == 4 * (16 * 32 + 64 * 32)
+    assert inputs.shape == (16, 32)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -65,25 +67,28 @@ def test_tensors_without_memory_give_the_bytes_of_real_ones(monkeypatch, checkpo
     assert fake.peak == pytest.approx(real.peak, rel=0.02)
 
 
-def test_activations_grow_with_the_batch_and_the_area():
-    one = trace_step(small_spec(), **SMALL)
+@pytest.fixture(scope="module")
+def plain():
+    return trace_step(small_spec(), **SMALL)
+
+
+def test_activations_grow_with_the_batch_and_the_area(plain):
     four = trace_step(small_spec(), **{**SMALL, "batch_size": 4})
     larger = trace_step(small_spec(), **{**SMALL, "size_hw": (256, 192)})
-    assert four.activations == pytest.approx(4 * one.activations, rel=0.01)
-    assert 1.5 * one.activations < larger.activations < 2.05 * one.activations
+    assert four.activations == pytest.approx(4 * plain.activations, rel=0.01)
+    assert 1.5 * plain.activations < larger.activations < 2.05 * plain.activations
 
 
-def test_checkpointing_keeps_less_and_accumulation_needs_more():
-    plain = trace_step(small_spec(), **SMALL)
+def test_checkpointing_keeps_less_and_accumulation_needs_more(plain):
     recomputed = trace_step(small_spec(), **{**SMALL, "checkpointing": True})
     accumulating = trace_step(small_spec(), **{**SMALL, "accumulating": True})
-    assert recomputed.activations < 0.3 * plain.activations
+    assert recomputed.activations < 0.5 * plain.activations
     assert recomputed.peak < plain.peak < accumulating.peak
 
 
-def test_longer_captions_need_a_little_more():
+def test_longer_captions_need_a_little_more(plain):
     longer = trace_step(small_spec(), **SMALL, num_tokens=3 * 77)
-    assert longer.activations > trace_step(small_spec(), **SMALL).activations
+    assert plain.activations < longer.activations < 1.2 * plain.activations
 
 
 def test_work_without_gradients_is_counted():

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from aquatint.errors import StorageError
 from aquatint.tracking.files import MetricsFile, read_rows, truncate_after
 
-ROWS = [(10, {"samples": 40, "loss": 0.1}), (20, {"samples": 80, "loss": 0.30000000000000004}), (20, {"val_loss": 0.2}), (30, {"loss": 1e-7})]
+ROWS = [
+    (10, {"samples": 40, "loss": 0.1}),
+    (20, {"samples": 80, "loss": 0.30000000000000004}),
+    (20, {"val_loss": 0.2}),
+    (30, {"loss": 1e-7}),
+]
 
 
 def write(path, rows):

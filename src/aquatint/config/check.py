@@ -50,6 +50,13 @@ RULES = (
         "bf16 weights swallow most of its small updates, so the model would hardly learn: "
         'set `optimizer.name = "adamw_bf16"` or `"adafactor"` (they round so that nothing is lost), or `training.precision = "bf16_mixed"`',
     ),
+    Rule(
+        ("optimizer.name", "training.precision"),
+        lambda c: c.training.precision != "bf16_pure" and c.optimizer.name == "adamw_bf16",
+        'the optimizer "adamw_bf16" does nothing special with `training.precision = "{c.training.precision}"`',
+        "it saves memory only beside bf16 weights, and is slower than the ordinary one: "
+        'set `optimizer.name = "adamw"`, or `training.precision = "bf16_pure"`',
+    ),
     # shapes
     Rule(
         ("buckets.min_side", "buckets.max_side"),

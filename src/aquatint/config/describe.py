@@ -13,6 +13,8 @@ from aquatint.config.schema import json_schema
 ANY_INDEX = "*"  # stands for the number in `data.sources.0.folder`
 OPTIMIZER = "optimizer"
 
+_ALIKE, _VERY_ALIKE, _MUCH_LESS = 0.66, 0.9, 0.15  # likeness of two keys is at most 1.25
+
 OTHER_NAMES = {
     "batch": "training.batch_size", "caption_dropout_rate": "captions.dropout_prob", "caption_ext": "data.sources.*.caption_extension",
     "caption_tag_dropout_rate": "captions.tag_drop_prob", "concepts": "data.sources", "dataset": "data.sources",
@@ -182,17 +184,22 @@ def generic(key: str) -> str:
 
 
 def suggest(key: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The settings that somebody who wrote `key` may have meant, likeliest first; empty if nothing is near."""
+    """The settings that somebody who wrote `key` may have meant, likeliest first; empty if nothing is near.
+
+    A close spelling in the same section comes first, then what other trainers mean by that name, then a setting of just
+    that name in another section, then whatever is spelt alike.
+    """
     known = tuple(known)
     key = generic(key).lower().replace("-", "_")
     section, _, leaf = key.rpartition(".")
-    moved = [other for other in known if other.rpartition(".")[2] == leaf and other != key]
     scores = {other: _likeness(section, leaf, key, other) for other in known}
-    near = sorted((other for other in known if scores[other] >= 0.66), key=lambda other: (-scores[other], other))
-    same_section = [other for other in near if other.rpartition(".")[0] == section]
+    best = max(scores.values())
+    ranked = sorted(known, key=lambda other: (-scores[other], other))
+    near = [other for other in ranked if scores[other] >= max(_ALIKE, best - _MUCH_LESS)]
+    surely = [other for other in near[:1] if other.rpartition(".")[0] == section and scores[other] >= _VERY_ALIKE]
     renamed = [OTHER_NAMES[leaf]] if OTHER_NAMES.get(leaf) in known else []
-    first = same_section if same_section and scores[same_section[0]] >= 0.9 else []
-    return list(dict.fromkeys([*first, *renamed, *moved, *near]))[:limit]
+    moved = [other for other in ranked if other.rpartition(".")[2] == leaf and other != key]
+    return list(dict.fromkeys(near if surely else renamed + moved or near))[:limit]
 
 
 def _likeness(section: str, leaf: str, key: str, other: str) -> float:

@@ -16,9 +16,11 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "step": ("steps", 1), "steps": ("steps", 1),
     "epoch": ("epochs", 1), "epochs": ("epochs", 1),
     "sample": ("samples", 1), "samples": ("samples", 1),
-    "s": ("seconds", 1), "sec": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600),
+    "s": ("seconds", 1), "sec": ("seconds", 1), "second": ("seconds", 1), "seconds": ("seconds", 1),
+    "min": ("seconds", 60), "minute": ("seconds", 60), "minutes": ("seconds", 60),
+    "h": ("seconds", 3600), "hour": ("seconds", 3600), "hours": ("seconds", 3600),
 }  # fmt: skip
-PATTERN = r"^\s*\d+(\.\d+)?\s*(steps?|epochs?|samples?|s|sec|min|h)\s*$"
+PATTERN = rf"^\s*\d+(\.\d+)?\s*({'|'.join(_UNITS)})\s*$"
 _PARTS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.ASCII)
 
 

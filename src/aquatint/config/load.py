@@ -29,6 +29,8 @@ _STAND_INS: dict[str, Any] = {  # for required settings that are missing, so tha
     "data.sources.*.folder": "missing",
 }
 
+_MAX_REPAIRS = 10  # rounds; each takes out all wrong values that can be seen, so two or three do
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -269,36 +271,35 @@ def _settle_optimizer(source: Source, report: _Report) -> None:
 
 def _validate(source: Source, report: _Report) -> Config:
     """The config. Wrong values are reported and replaced by their defaults until the rest can be read."""
-    while True:
+    for _ in range(_MAX_REPAIRS):
         try:
             return Config.model_validate_json(json.dumps(source.data, default=str), strict=True)
         except ValidationError as error:
-            errors = {_locate(source.data, detail): detail for detail in reversed(error.errors(include_url=False))}
-        for path, detail in errors.items():
-            inner = any(other[: len(path)] == path and other != path for other in errors)
-            if not inner:
-                _report_value(source, path, detail, report)
-                _repair(source.data, path, missing=detail["type"] == "missing")
+            paths = {_locate(source.data, detail["loc"], missing=detail["type"] == "missing") for detail in error.errors()}
+        for path in sorted(paths, key=str):
+            if not any(other[: len(path)] == path and other != path for other in paths):
+                _report_value(source, path, report)
+                _repair(source.data, path)
+    raise AssertionError(f"{source.file} cannot be repaired: {paths}")
 
 
-def _locate(data: Any, detail: Any) -> KeyPath:
+def _locate(data: Any, location: KeyPath, *, missing: bool) -> KeyPath:
     """Where in the data an error is. Pydantic's own location also names branches of unions, which are no keys."""
     path: list[str | int] = []
-    for part in detail["loc"]:
+    for part in location:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             data = data[part]
             path.append(part)
-        elif detail["type"] == "missing" and part == detail["loc"][-1] and isinstance(data, dict):
+        elif missing and part == location[-1] and isinstance(data, dict):
             path.append(part)
     return tuple(path)
 
 
-def _report_value(source: Source, path: KeyPath, detail: Any, report: _Report) -> None:
+def _report_value(source: Source, path: KeyPath, report: _Report) -> None:
     if not report.is_broken(path):
-        if detail["type"] == "missing":
-            report.add(path, *words.missing_value(_key(path)))
-        else:
-            report.add(path, *words.wrong_value(_key(path), _get(source.data, path)))
+        parent, name = _get(source.data, path[:-1]), path[-1]
+        missing = isinstance(parent, dict) and name not in parent
+        report.add(path, *(words.missing_value(_key(path)) if missing else words.wrong_value(_key(path), parent[name])))
     report.broken.add(_key(path))
 
 
@@ -308,7 +309,7 @@ def _get(data: Any, path: KeyPath) -> Any:
     return data
 
 
-def _repair(data: Any, path: KeyPath, *, missing: bool) -> None:
+def _repair(data: Any, path: KeyPath) -> None:
     """Takes a wrong value out, or puts a stand-in where one is needed."""
     while isinstance(path[-1], int) and generic(_key(path)) not in _STAND_INS:
         path = path[:-1]  # one bad entry takes its list along
@@ -316,5 +317,5 @@ def _repair(data: Any, path: KeyPath, *, missing: bool) -> None:
     stand_in = _STAND_INS.get(generic(_key(path)))
     if stand_in is not None:
         parent[name] = json.loads(json.dumps(stand_in))
-    elif not missing:
+    else:
         del parent[name]

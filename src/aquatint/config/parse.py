@@ -16,7 +16,7 @@ from aquatint.errors import ConfigError, Problem, StorageError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_YAML_VALUES = 100_000  # a few lines of YAML can stand for billions of values
-COMMAND_LINE = "command line"
+COMMAND_LINE = "the command line"
 
 
 @dataclass

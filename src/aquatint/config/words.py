@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from aquatint.config.describe import ANY_INDEX, Setting, all_keys, generic, optimizers_with, table
-from aquatint.config.duration import Duration
 
 _MAX_SHOWN = 60  # characters of a wrong value
 _EXAMPLES = {
@@ -16,6 +15,11 @@ _EXAMPLES = {
     "data.sources": 'add a `[[data.sources]]` line, and below it `folder = "pictures"`',
     "data.sources.*.folder": 'add `folder = "pictures"` under `[[data.sources]]`',
 }
+_OTHER_VALUES = {  # what other trainers call a choice
+    "gpu": "cuda", "v": "v_prediction", "vpred": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "noise": "epsilon",
+    "bf16": "bf16_mixed", "full_bf16": "bf16_pure", "no": "fp32", "fp16": "float16", "half": "float16", "danbooru": "tags",
+    "adam": "adamw", "adamw8bit": "adamw_bf16", "min_snr_gamma": "min_snr",
+}  # fmt: skip
 _FIRST_IN_SECTION = {"model": "model.base", "data": "data.sources"}
 
 
@@ -30,7 +34,11 @@ def find_setting(key: str) -> Setting | None:
 
 
 def nearest(text: str, choices: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(text.lower(), list(choices), n=1, cutoff=0.5)
+    """The choice that was probably meant."""
+    choices = list(choices)
+    if _OTHER_VALUES.get(text.lower()) in choices:
+        return _OTHER_VALUES[text.lower()]
+    found = difflib.get_close_matches(text.lower(), choices, n=1, cutoff=0.5)
     return found[0] if found else None
 
 
@@ -47,7 +55,7 @@ def suggestion_hint(suggestions: list[str], section: str = "") -> str:
         return f"`aquatint config explain{' ' + known if known else ''}` lists the settings that there are"
     names = [f"`{key.replace(f'.{ANY_INDEX}', '.0')}`" for key in suggestions]
     setting = find_setting(suggestions[0])
-    default = f" (default {shown(setting.default)})" if setting and not setting.required and setting.default is not None else ""
+    default = f" (default {shown(setting.default)})" if setting and setting.default not in (None, [], ()) else ""
     home = suggestions[0].rpartition(".")[0]
     moved = f" It stands under `[{home}]`." if home and generic(section) != home and ANY_INDEX not in home else ""
     return f"did you mean {' or '.join(names)}?{default if len(names) == 1 else ''}{moved}"
@@ -70,22 +78,27 @@ def wrong_value(key: str, value: Any) -> tuple[str, str]:
     if setting is None:
         inside = next((other for other in all_keys() if other.startswith(f"{generic(key)}.")), key)
         return message, f"`{key}` is a section that holds settings, such as `{inside}`"
-    default = "" if setting.required or setting.default is None else f" (default {shown(setting.default)})"
+    if "duration" in setting.kind and (number := _bare_number(value)):
+        return message, f'a duration needs a unit: write "{number} steps" or "{number} epochs"'
+    default = f" (default {shown(setting.default)})" if setting.default not in (None, [], ()) else ""
     return message, f"write {setting.kind}{_example(setting, value)}{default}"
+
+
+def _bare_number(value: Any) -> str | None:
+    text = str(value).strip()
+    return text if text.replace(".", "", 1).isdecimal() and not isinstance(value, bool) else None
 
 
 def _example(setting: Setting, value: Any) -> str:
     """The value that was probably meant."""
     if isinstance(value, str) and (choice := nearest(value, setting.choices)):
         return f'; did you mean "{choice}"?'
-    if "duration" in setting.kind and isinstance(value, int | float) and not isinstance(value, bool):
-        return f': "{Duration(float(value), "steps")}"?'
     if isinstance(value, int) and "multipleOf" in setting.schema and value > setting.schema["minimum"]:
         step = setting.schema["multipleOf"]
         return f", such as {value // step * step} or {-(-value // step) * step}"
     if isinstance(value, str) and setting.schema.get("type") in ("integer", "number", "boolean"):
         bare = value.strip().lower()
-        return f", without quotes: {bare}" if bare in ("true", "false") or bare.replace(".", "", 1).isdecimal() else ""
+        return f", without quotes: {bare}" if bare in ("true", "false") or _bare_number(bare) else ""
     return ""
 
 

@@ -25,7 +25,6 @@ import torch
 from aquatint.data.crop import Crop, apply
 from aquatint.data.image import BadImage, Pixels, load_image
 from aquatint.data.shards import ShardStore
-from aquatint.errors import StorageError
 from aquatint.storage import storage_errors
 
 PICTURE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels than before
@@ -269,20 +268,20 @@ def _packing(store: ShardStore, shard_entries: int) -> Iterator[Callable[[Mappin
     """
     pending: dict[str, Entry] = {}
 
+    def publish() -> None:
+        entries = dict(pending)
+        pending.clear()  # before the write: one that fails is not tried again on the way out
+        store.write(entries)
+
     def pack(entries: Mapping[str, Entry]) -> None:
         pending.update(entries)
         if len(pending) >= shard_entries:
-            store.write(pending)
-            pending.clear()
+            publish()
 
     try:
         yield pack
-    except StorageError:  # the disk is the trouble: what is pending would fail as well
-        raise
-    except BaseException:
-        store.write(pending)
-        raise
-    store.write(pending)
+    finally:
+        publish()
 
 
 def _batches(items: Iterable[Input], size: int) -> Iterator[list[Input]]:

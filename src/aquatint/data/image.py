@@ -119,8 +119,8 @@ def load_image(path: Path, alpha_color: str, max_pixels: int) -> Pixels:
 def resize(image: Pixels, size_hw: tuple[int, int], *, box_tlbr: tuple[float, float, float, float] | None = None) -> Pixels:
     """Resampled with Lanczos, antialiased, to `size_hw`; of the part `box_tlbr` (top, left, bottom, right) if given.
 
-    The box is in pixels of `image`, may lie between pixels, and sees its surroundings: the result is the same as
-    resizing everything and cropping, without ever holding the resized whole.
+    The box is in pixels of `image`, may lie between pixels, and sees its surroundings: the result is that of
+    resizing everything and cropping, but for rounding, without ever holding the resized whole.
     """
     height, width = image.shape[:2]
     top, left, bottom, right = box_tlbr or (0, 0, height, width)
@@ -167,7 +167,7 @@ def _why_unknown(start: bytes) -> str:
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<head")):
         return "is a web page, not a picture: the download was probably refused"
     if start[4:8] == b"ftyp":
-        return "is a HEIC or video file, which cannot be read: convert it to JPEG or PNG"
+        return "is a HEIC picture or a video, which cannot be read: convert it to JPEG or PNG"
     if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "is a JPEG XL file, which cannot be read: convert it to PNG"
     if start.startswith(b"8BPS"):
@@ -328,27 +328,30 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 # Contact sheets
 
-_MARGIN_PX = 8
+_MARGIN_PX = 16
 _MAX_LABEL_LINES = 6
 
 
 def contact_sheet(images: Sequence[Pixels], labels: Sequence[str], columns: int) -> Pixels:
     """Pictures of any sizes in rows of `columns`, each with its label wrapped under it: uint8 (H, W, 3) on white."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    width = max(image.shape[1] for image in images)
     font = ImageFont.load_default(size=min(28.0, max(12.0, width / 24)))
     texts = [_wrap(label, font, width) for label in labels]
-    line_px = round(getattr(font, "size", 12) * 1.3)
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    row_px = [height + line_px * max(len(texts[index]) for index in row) + 2 * _MARGIN_PX for row in rows]
-    sheet = Image.new("RGB", (min(columns, len(images)) * (width + _MARGIN_PX) + _MARGIN_PX, sum(row_px) + _MARGIN_PX), "white")
+    floors = [max(images[index].shape[0] for index in row) for row in rows]  # the pictures of a row stand on one line
+    line_px = round(font.size * 1.3) if isinstance(font, ImageFont.FreeTypeFont) else 16
+    row_px = [floor + line_px * max(len(texts[index]) for index in row) + _MARGIN_PX for floor, row in zip(floors, rows, strict=True)]
+    sheet = Image.new("RGB", (len(rows[0]) * (width + _MARGIN_PX) + _MARGIN_PX, sum(row_px) + _MARGIN_PX), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, top in zip(rows, np.cumsum([_MARGIN_PX, *row_px]), strict=False):
+    top = _MARGIN_PX
+    for row, floor, height in zip(rows, floors, row_px, strict=True):
         for column, index in enumerate(row):
-            left = _MARGIN_PX + column * (width + _MARGIN_PX)
-            image = images[index]
-            sheet.paste(Image.fromarray(image), (left + (width - image.shape[1]) // 2, int(top) + height - image.shape[0]))
+            middle = _MARGIN_PX + column * (width + _MARGIN_PX) + width // 2
+            picture = Image.fromarray(images[index])
+            sheet.paste(picture, (middle - picture.width // 2, top + floor - picture.height))
             for number, line in enumerate(texts[index]):
-                pen.text((left, int(top) + height + number * line_px + 2), line, fill="black", font=font)
+                pen.text((middle - font.getlength(line) / 2, top + floor + number * line_px + 2), line, fill="black", font=font)
+        top += height
     return np.array(sheet, dtype=np.uint8)
 
 

@@ -260,7 +260,7 @@ def _other_endings(others: Mapping[str, int]) -> str:
     found = {ending: others[ending] for ending in _CAPTION_ENDINGS if ending in others}
     if not found:
         return "write them"
-    return f"there are {_counted(found)} files: set caption_extension in data.sources if those are the captions"
+    return f"set caption_extension in data.sources if the other files there ({_counted(found)}) are the captions"
 
 
 def split(manifest: Manifest, *, share: float, max_pictures: int) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:

@@ -50,7 +50,7 @@ def tiny_spec() -> ModelSpec:
             "norm_num_groups": 8,
             "sample_size": 16,
         },
-        vae={**official.vae, "block_out_channels": [16, 32, 48, 64], "norm_num_groups": 8, "sample_size": 128},
+        vae={**official.vae, "block_out_channels": [24, 32, 48, 64], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128},
         text_encoder={**official.text_encoder, **text, "hidden_size": 32, "intermediate_size": 64, "projection_dim": 32},
         text_encoder_2={**official.text_encoder_2, **text, "hidden_size": 48, "intermediate_size": 96, "projection_dim": 48},
     )

@@ -16,7 +16,10 @@ from aquatint.data.image import save_png
 from aquatint.storage import write_text
 from aquatint.utils.seeds import generator
 
-COLORS = {"red": (214, 40, 40), "green": (42, 157, 62), "blue": (38, 84, 214), "yellow": (250, 204, 21), "purple": (142, 50, 190), "orange": (249, 125, 22)}  # fmt: skip
+COLORS = {
+    "red": (214, 40, 40), "green": (42, 157, 62), "blue": (38, 84, 214),
+    "yellow": (250, 204, 21), "purple": (142, 50, 190), "orange": (249, 125, 22),
+}  # fmt: skip
 GROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle")
 PLACES = {  # centre of the shape as a share of (height, width)

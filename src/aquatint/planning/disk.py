@@ -27,8 +27,10 @@ def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     """The cached views and captions of one picture in the largest bucket, captions of one chunk."""
     height, width = largest_bucket(config)
     views = (config.crop.variants if config.crop.mode == "random" else 1) * (2 if config.crop.flip_prob > 0 else 1)
-    latent = 2 * prod((spec.unet["in_channels"], height // LATENT_SCALE, width // LATENT_SCALE)) * DTYPE_BYTES[config.cache.latent_dtype]
-    text = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
+    latent: int = (
+        2 * prod((spec.unet["in_channels"], height // LATENT_SCALE, width // LATENT_SCALE)) * DTYPE_BYTES[config.cache.latent_dtype]
+    )
+    text: int = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
     return views * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aquatint.config.schema import Config
 from aquatint.data.buckets import candidates
@@ -18,6 +18,7 @@ from aquatint.models.sdxl.model import ModelSpec
 if TYPE_CHECKING:
     from aquatint.planning.trace import StepBytes
 
+T = TypeVar("T")
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -83,7 +84,7 @@ class Tracer:
             "checkpointing": training.gradient_checkpointing, "batch_size": training.batch_size,
             "accumulating": training.accumulation_steps > 1,
         }  # fmt: skip
-        return self._once(trace_step, settings)  # type: ignore[no-any-return]
+        return self._once(trace_step, settings)
 
     def sample(self, config: Config) -> int:
         """The larger of denoising a batch and decoding a picture."""
@@ -103,13 +104,14 @@ class Tracer:
         from aquatint.planning.trace import trace_encode
 
         dtype = getattr(torch, config.cache.vae_precision)
-        return self._once(trace_encode, {"dtype": dtype, "batch_size": config.cache.batch_size, "size_hw": size_hw})  # type: ignore[no-any-return]
+        return self._once(trace_encode, {"dtype": dtype, "batch_size": config.cache.batch_size, "size_hw": size_hw})
 
-    def _once(self, function: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    def _once(self, function: Callable[..., T], settings: Mapping[str, Any]) -> T:
         key = (function.__name__, *settings.items())
         if key not in self._known:
             self._known[key] = function(self.spec, **settings)
-        return self._known[key]
+        known: T = self._known[key]
+        return known
 
 
 def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -> MemoryPlan:
@@ -125,9 +127,8 @@ def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -
 def largest_bucket(config: Config) -> tuple[int, int]:
     """Height and width of the bucket with the most pixels, the squarest of them. Raises UsageError if there is none."""
     section = config.buckets
-    shapes = candidates(
-        resolution=section.resolution, step=section.step, min_side=section.min_side, max_side=section.max_side, max_aspect=section.max_aspect
-    )  # fmt: skip
+    sides = {"min_side": section.min_side, "max_side": section.max_side}
+    shapes = candidates(resolution=section.resolution, step=section.step, max_aspect=section.max_aspect, **sides)
     height, width = max(shapes.tolist(), key=lambda shape: (shape[0] * shape[1], -abs(shape[0] - shape[1])))
     return height, width
 

@@ -69,7 +69,11 @@ def saving_lines(found: Sequence[Saving]) -> list[str]:
     """What would make it less."""
     if not found:
         return []
-    return ["", "to need less:", *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change}: {saving.price}" for saving in found)]
+    return [
+        "",
+        "to need less:",
+        *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change}: {saving.price}" for saving in found),
+    ]
 
 
 def table(parts: Sequence[Part], width: int = NAME_WIDTH) -> list[str]:

@@ -151,7 +151,7 @@ def with_fake_weights(module: Any, dtype: torch.dtype) -> Any:
 def _fake() -> contextlib.AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode()  # type: ignore[no-untyped-call]
+    return FakeTensorMode()
 
 
 def _peak(module: Any, work: Callable[[], Any]) -> int:

@@ -15,6 +15,7 @@ import torch
 from aquatint import __version__
 from aquatint.config.schema import Config, dump
 from aquatint.data.batch import Batch
+from aquatint.data.buckets import report_text
 from aquatint.data.image import contact_sheet, save_png
 from aquatint.data.loader import BatchReader, stream
 from aquatint.data.manifest import ledger_text
@@ -33,6 +34,7 @@ from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
 from aquatint.tracking.tracker import Several, Tracker, guarded
 from aquatint.training import checkpoint
+from aquatint.training.announce import announcement
 from aquatint.training.checkpoint import Trained
 from aquatint.training.ema import Ema
 from aquatint.training.exports import export_model
@@ -128,9 +130,12 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     accept_config(folder, dump(config), resuming=latest is not None, accept_changes=accept_changes, say=say)
     data = prepare(config, base, say=say)
     write_text(folder / "ledger.txt", ledger_text(data.manifest))
+    write_text(folder / "buckets.txt", report_text(data.bucket_rows))
     write_json(folder / "config.json", dump(config))
     write_json(folder / "environment.json", environment())
     parts, trained, total_steps = build_parts(config, base, objective, data)
+    for line in announcement(config, data, parts):
+        say(line)
     state = TrainState()
     if latest is not None:
         state = checkpoint.restore(latest, trained, plan_digest=data.digest, accept_changes=accept_changes)
@@ -216,11 +221,17 @@ def open_trackers(config: Config, folder: Path, step: int) -> Tracker:
 
         trackers.append(guarded("TensorBoard", lambda: TensorBoardTracker(folder / "tensorboard", start_step=step), say))
     if section.wandb.enabled:
-        from aquatint.tracking.wandb import WandbTracker
-
-        wandb = section.wandb
-        trackers.append(guarded("W&B", lambda: WandbTracker(folder, project=wandb.project, entity=wandb.entity, mode=wandb.mode, name=config.run.name, config=dump(config)), say))  # fmt: skip
+        trackers.append(guarded("W&B", lambda: open_wandb(config, folder), say))
     return Several(trackers)
+
+
+def open_wandb(config: Config, folder: Path) -> Tracker:
+    from aquatint.tracking.wandb import WandbTracker
+
+    section = config.tracking.wandb
+    return WandbTracker(
+        folder, project=section.project, entity=section.entity, mode=section.mode, name=config.run.name, config=dump(config)
+    )
 
 
 def look_tasks(
@@ -290,7 +301,12 @@ def trained_weights(config: Config, name: str | None) -> tuple[Path, dict[str, L
     return path, checkpoint.lazy_weights(path / f"{table}.safetensors")
 
 
-def export_run(config: Config, checkpoint_name: str | None = None, output: Path | None = None, formats: tuple[Literal["single_file", "diffusers"], ...] = ()) -> tuple[Path, ...]:  # fmt: skip
+def export_run(
+    config: Config,
+    checkpoint_name: str | None = None,
+    output: Path | None = None,
+    formats: tuple[Literal["single_file", "diffusers"], ...] = (),
+) -> tuple[Path, ...]:
     """Exports a checkpoint of a run. `output` is a path without its ending; `formats` are the config's if none are given."""
     base = open_base(config.model.base, config.model.vae)
     path, weights = trained_weights(config, checkpoint_name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Prepared:
     """The data side of a run. Groups of items have one shape each; `digest` changes with anything that decides a batch."""
 
     manifest: Manifest
-    plan: bucket_planning.BucketPlan
+    bucket_rows: tuple[bucket_planning.BucketRow, ...]
     train: tuple[tuple[Item, ...], ...]
     held_out: tuple[tuple[Item, ...], ...]
     latents: ShardStore
@@ -50,14 +50,53 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What has to be in the cache, before anything is encoded."""
+    """Which picture goes where in which form, and what has to be in the cache for that."""
 
     plan: bucket_planning.BucketPlan
+    bucket_rows: tuple[bucket_planning.BucketRow, ...]
     train: tuple[tuple[Item, ...], ...]
     held_out: tuple[tuple[Item, ...], ...]
-    latent_requests: Mapping[str, LatentRequest]
-    captions: Mapping[str, str]
+    wanted: _Wanted
     text_keys: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Makes items of pictures, and collects by key what they need from the cache."""
+
+    config: Config
+    encoder_digests: Mapping[str, str]
+    latents: dict[str, LatentRequest] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
+
+    def groups(self, pictures: Sequence[Picture], plan: bucket_planning.BucketPlan) -> tuple[tuple[Item, ...], ...]:
+        """Items by bucket, repeats included, in the order of their content, so that renaming a file changes nothing."""
+        groups: dict[int, list[Item]] = {}
+        for picture, bucket in sorted(
+            zip(pictures, plan.assignment.tolist(), strict=True), key=lambda pair: (pair[0].digest, pair[0].name)
+        ):
+            height, width = plan.shapes[bucket].tolist()
+            groups.setdefault(bucket, []).extend([self.item(picture, (height, width))] * picture.repeats)
+        return tuple(tuple(group) for _, group in sorted(groups.items()))
+
+    def item(self, picture: Picture, target_hw: tuple[int, int]) -> Item:
+        section = self.config.crop
+        crops = views(picture.digest, picture.size_hw, target_hw, mode=section.mode, variants=section.variants, flip=section.flip_prob > 0)
+        captions = renderings(self.config, picture)
+        return Item(picture.name, tuple(self.view(picture, crop) for crop in crops), tuple(map(self.text_key, captions)))
+
+    def view(self, picture: Picture, crop: Crop) -> View:
+        key = latent_key(
+            picture.digest, crop, alpha_color=self.config.data.alpha_color, encoder_digest=self.encoder_digests["vae"],
+            precision=self.config.cache.vae_precision, dtype=self.config.cache.latent_dtype,
+        )  # fmt: skip
+        self.latents[key] = LatentRequest(key, picture.path, picture.digest, crop)
+        return View(key, crop.time_ids)
+
+    def text_key(self, caption: str) -> str:
+        key = text_key(caption, encoder_digest=self.encoder_digests["text_encoders"], dtype=self.config.cache.text_dtype)
+        self.captions[key] = caption
+        return key
 
 
 def find_pictures(config: Config, quarantine: Mapping[str, str]) -> Manifest:
@@ -86,7 +125,9 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
             say(f"quarantined: {', '.join(p.name for p in manifest.pictures if p.digest == digest)} ({reason})")
         quarantine = {**quarantine, **failures}
         write_json(config.cache.folder / "quarantine.json", quarantine)
-    return Prepared(manifest, layout.plan, layout.train, layout.held_out, latents, texts, layout.text_keys, plan_digest(config, layout))
+    return Prepared(
+        manifest, layout.bucket_rows, layout.train, layout.held_out, latents, texts, layout.text_keys, plan_digest(config, layout)
+    )
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
@@ -95,48 +136,38 @@ def read_quarantine(folder: Path) -> dict[str, str]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def lay_out(config: Config, manifest: Manifest, digests: Mapping[str, str]) -> _Layout:
+def lay_out(config: Config, manifest: Manifest, encoder_digests: Mapping[str, str]) -> _Layout:
     """Decides bucket, crops and caption renderings of every picture. Nothing is read or written."""
     train, held_out = split(manifest, share=config.validation.share, max_pictures=config.validation.max_pictures)
     if not train:
         raise DataError("there is no picture to train on", hint="add pictures to the folders in data.sources")
+    plan, rows = plan_buckets(config, train)
+    wanted = _Wanted(config, encoder_digests)
+    measured = held_out or tuple(sorted(train, key=lambda picture: picture.digest))[: config.validation.max_pictures]
+    once = tuple(replace(picture, repeats=1) for picture in measured)
+    measured_plan = bucket_planning.BucketPlan(plan.shapes, bucket_planning.assign(sizes_of(once), plan.shapes, **bucket_cost(config)))
+    prompts = {"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])}
+    text_keys = {prompt: wanted.text_key(prompt) for prompt in sorted(prompts)}
+    return _Layout(plan, rows, wanted.groups(train, plan), wanted.groups(once, measured_plan), wanted, text_keys)
+
+
+def plan_buckets(config: Config, pictures: Sequence[Picture]) -> tuple[bucket_planning.BucketPlan, tuple[bucket_planning.BucketRow, ...]]:
+    """The buckets of the training pictures, each with at least one batch in it, and the report on them."""
     section = config.buckets
     shapes = bucket_planning.candidates(
         resolution=section.resolution, step=section.step, min_side=section.min_side, max_side=section.max_side, max_aspect=section.max_aspect
     )  # fmt: skip
-    cost = {"area_weight": section.area_weight, "upscale_weight": section.upscale_weight}
-    sizes = np.array([picture.size_hw for picture in train])
-    repeats = np.array([picture.repeats for picture in train])
-    plan = bucket_planning.plan(sizes, repeats, shapes, min_count=config.training.batch_size, **cost)
-    requests: dict[str, LatentRequest] = {}
-    captions: dict[str, str] = {}
-
-    def item_of(picture: Picture, target_hw: tuple[int, int]) -> Item:
-        crops = views(picture.digest, picture.size_hw, target_hw, mode=config.crop.mode, variants=config.crop.variants, flip=config.crop.flip_prob > 0)  # fmt: skip
-        return Item(
-            name=picture.name,
-            views=tuple(_request_view(config, picture, crop, digests["vae"], requests) for crop in crops),
-            text_keys=tuple(_request_text(config, caption, digests["text_encoders"], captions) for caption in renderings(config, picture)),
-        )
-
-    groups: dict[int, list[tuple[str, Item]]] = {}
-    for picture, bucket in zip(train, plan.assignment, strict=True):
-        item = item_of(picture, (int(plan.shapes[bucket][0]), int(plan.shapes[bucket][1])))
-        groups.setdefault(int(bucket), []).extend([(picture.digest, item)] * picture.repeats)
-    measured = held_out or tuple(sorted(train, key=lambda picture: picture.digest))[: config.validation.max_pictures]
-    measured_in = bucket_planning.assign(np.array([picture.size_hw for picture in measured]), plan.shapes, **cost)
-    measured_groups: dict[int, list[tuple[str, Item]]] = {}
-    for picture, bucket in zip(measured, measured_in, strict=True):
-        item = item_of(picture, (int(plan.shapes[bucket][0]), int(plan.shapes[bucket][1])))
-        measured_groups.setdefault(int(bucket), []).append((picture.digest, item))
-    prompts = {"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])}
-    text_keys = {prompt: _request_text(config, prompt, digests["text_encoders"], captions) for prompt in sorted(prompts)}
-    return _Layout(plan, _in_order(groups), _in_order(measured_groups), requests, captions, text_keys)
+    sizes, repeats = sizes_of(pictures), np.array([picture.repeats for picture in pictures])
+    plan = bucket_planning.plan(sizes, repeats, shapes, min_count=config.training.batch_size, **bucket_cost(config))
+    return plan, bucket_planning.report(plan, sizes, repeats)
 
 
-def _in_order(groups: Mapping[int, Sequence[tuple[str, Item]]]) -> tuple[tuple[Item, ...], ...]:
-    """Groups by bucket, pictures by content, so that renaming a file changes nothing."""
-    return tuple(tuple(item for _, item in sorted(group, key=lambda pair: (pair[0], pair[1].name))) for _, group in sorted(groups.items()))
+def bucket_cost(config: Config) -> dict[str, float]:
+    return {"area_weight": config.buckets.area_weight, "upscale_weight": config.buckets.upscale_weight}
+
+
+def sizes_of(pictures: Sequence[Picture]) -> bucket_planning.Ints:
+    return np.array([picture.size_hw for picture in pictures], dtype=np.int64).reshape(-1, 2)
 
 
 def renderings(config: Config, picture: Picture) -> tuple[str, ...]:
@@ -146,21 +177,6 @@ def renderings(config: Config, picture: Picture) -> tuple[str, ...]:
         picture.caption or "", picture.digest, count=section.variants, style=section.style, separator=section.separator,
         shuffle=section.shuffle, keep_first=section.keep_first, tag_drop_prob=section.tag_drop_prob,
     )  # fmt: skip
-
-
-def _request_view(config: Config, picture: Picture, crop: Crop, encoder_digest: str, requests: dict[str, LatentRequest]) -> View:
-    key = latent_key(
-        picture.digest, crop, alpha_color=config.data.alpha_color, encoder_digest=encoder_digest,
-        precision=config.cache.vae_precision, dtype=config.cache.latent_dtype,
-    )  # fmt: skip
-    requests[key] = LatentRequest(key, picture.path, picture.digest, crop)
-    return View(key, crop.time_ids)
-
-
-def _request_text(config: Config, caption: str, encoder_digest: str, captions: dict[str, str]) -> str:
-    key = text_key(caption, encoder_digest=encoder_digest, dtype=config.cache.text_dtype)
-    captions[key] = caption
-    return key
 
 
 def plan_digest(config: Config, layout: _Layout) -> str:
@@ -182,7 +198,7 @@ def encode_missing(config: Config, base: BaseModel, layout: _Layout, latents: Sh
     """
     device = choose_device(config.training.device)
     packing = {"batch_size": config.cache.batch_size, "shard_entries": config.cache.shard_entries}
-    missing_captions = [caption for key, caption in layout.captions.items() if key not in texts]
+    missing_captions = [caption for key, caption in layout.wanted.captions.items() if key not in texts]
     if missing_captions:
         with track("encoding captions", len(missing_captions)) as on_progress:
             failed = build_texts(
@@ -190,7 +206,7 @@ def encode_missing(config: Config, base: BaseModel, layout: _Layout, latents: Sh
             )
         for caption, reason in failed.items():
             raise DataError(f"the caption {caption!r} cannot be encoded: {reason}", hint="the text encoders in model.base may be damaged")
-    missing = [request for key, request in layout.latent_requests.items() if key not in latents]
+    missing = [request for key, request in layout.wanted.latents.items() if key not in latents]
     if not missing:
         return {}
     with track("encoding pictures", len(missing)) as on_progress:

@@ -120,5 +120,5 @@ def guard(run: Run, state: TrainState, report: StepReport) -> None:
     if state.bad_steps >= run.max_bad_steps:
         raise NumericalError(
             f"the loss or gradient was not finite {state.bad_steps} steps in a row, last at step {state.step} (pictures: {names})",
-            hint="go back to the last checkpoint with a lower optimizer.learning_rate, or look at those pictures; saved checkpoints are unharmed",
+            hint="the last checkpoint is unharmed: go on from it with a lower optimizer.learning_rate, or look at those pictures",
         )

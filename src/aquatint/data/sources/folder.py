@@ -48,8 +48,9 @@ def list_folder(folder: Path, caption_extension: str) -> Listing:
         visible = [name for name in names if not name.startswith(".")]
         hidden += len(names) - len(visible)
         texts = [name for name in visible if name.lower().endswith(caption_extension.lower())]
-        pictures = [name for name in visible if _extension(name) in PICTURE_EXTENSIONS and name not in texts]
-        others.update(_extension(name) for name in set(visible).difference(texts, pictures))
+        rest = sorted(set(visible).difference(texts))
+        pictures = [name for name in rest if _extension(name) in PICTURE_EXTENSIONS]
+        others.update(extension for name in rest if (extension := _extension(name)) not in PICTURE_EXTENSIONS)
         side_files = _match(pictures, texts, caption_extension)
         paths.extend(place / name for name in pictures)
         captions.update({place / picture: place / text for picture, text in side_files.items()})

@@ -32,6 +32,8 @@ class TextEncoders:
 
     def encode(self, captions: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """For each caption of n chunks, prompt_embeds (77 n, 2048) and pooled (1280,), float32 on the CPU."""
+        if not captions:
+            return []
         chunks = [chunk(caption) for caption in captions]
         parts = [self._encode_chunks(some) for some in _batches(list(chain.from_iterable(chunks)))]
         hidden, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

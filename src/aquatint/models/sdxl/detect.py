@@ -32,7 +32,10 @@ def refuse_container(path: Path) -> None:
     """Raises ModelFileError for what is not a safetensors file at all: pickles, GGUF, Git LFS pointers, web pages."""
     with storage_errors("read", path), path.open("rb") as file:
         start = file.read(64)
-    if path.suffix.lower() in _PICKLES or start[:2] == b"PK" or start[:1] == b"\x80":
+    is_pickle = path.suffix.lower() in _PICKLES
+    if start[8:9] == b"{" and not is_pickle:
+        return  # the header of a safetensors file; the eight bytes before it are its length, and may look like anything
+    if is_pickle or start[:2] == b"PK" or start[:1] == b"\x80":
         raise ModelFileError(
             f"{path} is a pickle file, which can run any program when it is opened",
             hint="download the .safetensors version of the model, or convert it with a tool that you trust",

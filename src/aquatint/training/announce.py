@@ -1,0 +1,44 @@
+"""What a run says about itself before its first step, with the numbers written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from aquatint.config.schema import Config
+from aquatint.data.buckets import report_text
+from aquatint.planning.schedule import plan_steps
+from aquatint.training.prepare import Prepared
+from aquatint.training.step import Parts
+
+NAMES = {"epsilon": "epsilon (the noise)", "v_prediction": "v_prediction"}
+
+
+def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
+    """One line per fact: pictures, buckets, steps, objective, and what will train."""
+    manifest = data.manifest
+    yield f"pictures    {manifest.listed} listed = {len(manifest.pictures)} used + {len(manifest.rejected)} quarantined (see ledger.txt)"
+    yield f"            {sum(map(len, data.held_out))} for validation" + ("" if config.validation.share else ", all of them trained too")
+    yield f"buckets     {report_text(data.bucket_rows).splitlines()[-1]} (see buckets.txt)"
+    if manifest.warnings:
+        yield f"warnings    {len(manifest.warnings)} about the pictures, in ledger.txt; the first: {manifest.warnings[0]}"
+    section = config.training
+    for index, line in enumerate(
+        plan_steps(data.samples_per_epoch, section.batch_size, section.accumulation_steps, section.length).lines()
+    ):
+        yield f"{'' if index else 'steps':<12}{line}"
+    objective = parts.objective
+    terminal = "with" if objective.schedule.zero_terminal_snr else "without"
+    yield f"objective   {NAMES[objective.prediction]}, {terminal} zero terminal SNR, loss weight {weighting_text(objective.weights)}"
+    trained = [p for p in parts.unet.parameters() if p.requires_grad]
+    dtype = str(trained[0].dtype).removeprefix("torch.")
+    yield f"trains      the UNet: {sum(p.numel() for p in trained):,} weights in {dtype}"
+    yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
+    yield "stays       text encoders and autoencoder"
+
+
+def weighting_text(weights: torch.Tensor) -> str:
+    """The range of the loss weights."""
+    low, high = weights.min().item(), weights.max().item()
+    return "1 everywhere" if low == high == 1.0 else f"{low:.3g} to {high:.3g}"

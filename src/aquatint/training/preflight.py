@@ -1,0 +1,258 @@
+"""Facts that decide whether a run can work, found out before anything is loaded: files, folders, disks and packages.
+
+No torch, and nothing is written or made: this is what `aquatint check` runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from aquatint.config.check import REMARKS, find
+from aquatint.config.schema import Config
+from aquatint.data.sources.folder import Listing, list_folder
+from aquatint.errors import AquatintError, Problem, StorageError
+from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.models.sdxl.model import ModelSpec
+from aquatint.planning.disk import cache_bytes_per_picture, export_bytes
+from aquatint.storage import check_writable, free_bytes
+
+EMA_BYTES = 4
+MIB, GIB = 1 << 20, 1 << 30
+_MAX_NAMED = 3  # files that a message names
+
+
+@dataclass
+class Inspection:
+    """What was looked at, what is worth knowing, and what must be changed.
+
+    `place` says where a setting was written; settings in `broken` have no value of the user's and are not looked at.
+    """
+
+    config: Config
+    place: Callable[[str], str] = lambda key: ""
+    broken: AbstractSet[str] = frozenset()
+    looked_at: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, key: str, message: str, hint: str) -> None:
+        self.problems.append(Problem(message, hint, self.place(key)))
+
+    def knows(self, *keys: str) -> bool:
+        """Whether the values of all these settings are the user's."""
+        prefixes = {".".join(key.split(".")[:length]) for key in keys for length in range(1, key.count(".") + 2)}
+        return not prefixes & self.broken
+
+
+def preflight(config: Config) -> list[Problem]:
+    """Everything that would stop a run of this config, as far as files, folders, disks and packages tell."""
+    return inspect(Inspection(config)).problems
+
+
+def inspect(found: Inspection) -> Inspection:
+    """Looks at all that the config names, and adds to `found` what there is to say."""
+    base = _inspect_base(found) if found.knows("model.base") else None
+    listings = _list_sources(found)
+    _inspect_captions(found, listings)
+    num_pictures = sum(len(listing.paths) for listing in listings.values())
+    _inspect_amount(found, num_pictures)
+    if found.knows("run.folder", "run.name", "cache.folder"):
+        _inspect_folders(found)
+        if base is not None:
+            _inspect_space(found, base.spec, num_pictures)
+    _inspect_packages(found)
+    found.notices += [f"{remark.message}: {remark.hint}" for remark in find(REMARKS, found.config, found.broken)]
+    return found
+
+
+def _inspect_base(found: Inspection) -> BaseModel | None:
+    section = found.config.model
+    try:
+        base = open_base(section.base, section.vae)
+    except AquatintError as error:
+        key = "model.vae" if section.vae is not None and _opens(section.base) else "model.base"
+        found.problem(key, error.message, error.hint)
+        return None
+    snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
+    found.looked_at.append(f"base model: {base.path}: SDXL, {base.layout.replace('_', ' ')}, {base.prediction}{snr}")
+    if found.knows("model.prediction", "model.zero_terminal_snr"):
+        _compare_prediction(found, base)
+    return base
+
+
+def _opens(path: Path) -> bool:
+    try:
+        open_base(path)
+    except AquatintError:
+        return False
+    return True
+
+
+def _compare_prediction(found: Inspection, base: BaseModel) -> None:
+    """What the config wants the model to predict, against what the base was trained for."""
+    wanted, terminal = found.config.model.prediction, found.config.model.zero_terminal_snr
+    if wanted == "epsilon" and base.prediction == "v_prediction":
+        found.problem(
+            "model.prediction",
+            f'`model.prediction = "epsilon"`, but {base.path.name} was trained for v_prediction',
+            "its pictures would turn into noise: leave out `model.prediction`",
+        )
+    if wanted == "auto" and base.prediction == "epsilon" and terminal is True:
+        found.problem(
+            "model.zero_terminal_snr",
+            f"`model.zero_terminal_snr` cannot go with {base.path.name}, which was trained for epsilon",
+            "its last timestep is pure noise, and from that no picture can be worked out by predicting the noise: "
+            'set `model.prediction = "v_prediction"` to retrain it, or leave out `model.zero_terminal_snr`',
+        )
+    if wanted == "v_prediction" and base.prediction == "epsilon":
+        found.notices.append(
+            f"{base.path.name} was trained for epsilon and will be retrained for v_prediction: "
+            "its pictures will be broken at first, and need thousands of steps to recover"
+        )
+    if terminal is False and base.zero_terminal_snr:
+        found.notices.append(f"{base.path.name} was trained with zero terminal SNR, which the config turns off")
+
+
+def _list_sources(found: Inspection) -> dict[int, Listing]:
+    """What lies in each source that can be read, by the source's index."""
+    listings = {}
+    for index, source in enumerate(found.config.data.sources):
+        key = f"data.sources.{index}.folder"
+        if not found.knows(key, f"data.sources.{index}.caption_extension"):
+            continue
+        if not source.folder.is_dir():
+            exists = source.folder.exists()
+            message = f"{source.folder} is a file, not a folder" if exists else f"there is no folder {source.folder}"
+            found.problem(key, message, "name the folder that holds the pictures" if exists else _nearby(source.folder))
+            continue
+        listings[index] = list_folder(source.folder, source.caption_extension)
+        _inspect_listing(found, key, source.folder, listings[index])
+    return listings
+
+
+def _nearby(folder: Path) -> str:
+    """A hint for a folder that is not there: how far its path is right, and what lies there."""
+    parent = _existing(folder)
+    entries = os.scandir(parent) if os.access(parent, os.R_OK) and parent.is_dir() else ()
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    there = f"; in {parent} there are {', '.join(names[:_MAX_NAMED])}{' …' if len(names) > _MAX_NAMED else ''}" if names else ""
+    return f"check the spelling; relative paths start at the config file{there}"
+
+
+def _inspect_listing(found: Inspection, key: str, folder: Path, listing: Listing) -> None:
+    for trouble in listing.unreadable:
+        found.problem(key, f"cannot read {trouble}", "give this user permission to read it, or move it away")
+    if listing.paths:
+        found.looked_at.append(f"pictures: {len(listing.paths):,} in {folder}, {len(listing.captions):,} with a caption file")
+    elif not listing.unreadable:
+        others = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in sorted(listing.others.items()))
+        message = f"there are no pictures in {folder}" + (f", only other files ({others})" if others else "")
+        found.problem(key, message, "name the folder that holds them; folders inside it are read too")
+
+
+def _inspect_captions(found: Inspection, listings: dict[int, Listing]) -> None:
+    """Complains where the run would: when too many of all pictures have no caption."""
+    missing = {index: [path for path in listing.paths if path not in listing.captions] for index, listing in listings.items()}
+    paths = [path for some in missing.values() for path in some]
+    total = sum(len(listing.paths) for listing in listings.values())
+    limit = found.config.data.max_uncaptioned_share
+    if not found.knows("data.max_uncaptioned_share") or not paths or len(paths) <= limit * total:
+        return
+    worst = max(missing, key=lambda index: len(missing[index]))
+    names = ", ".join(path.name for path in paths[:_MAX_NAMED]) + (" …" if len(paths) > _MAX_NAMED else "")
+    others = Counter({ending: count for ending, count in listings[worst].others.items() if ending and 2 * count >= len(missing[worst])})
+    ending = found.config.data.sources[worst].caption_extension
+    advice = (
+        f'set `caption_extension = "{others.most_common(1)[0][0]}"` if those are the captions'
+        if others
+        else f"write them to {ending} files"
+    )
+    found.problem(
+        f"data.sources.{worst}.caption_extension",
+        f"{len(paths):,} of {total:,} pictures have no caption ({names})",
+        f"{advice}, or set `data.max_uncaptioned_share = 1` to train without",
+    )
+
+
+def _inspect_amount(found: Inspection, num_pictures: int) -> None:
+    training = found.config.training
+    per_step = training.batch_size * training.accumulation_steps
+    if 0 < num_pictures < per_step and found.knows("training.batch_size", "training.accumulation_steps"):
+        found.notices.append(
+            f"every step takes {per_step} pictures, and there are only {num_pictures}: each is seen more than once per step"
+        )
+
+
+def _inspect_folders(found: Inspection) -> None:
+    for key, folder in ("run.folder", found.config.run.folder), ("cache.folder", found.config.cache.folder):
+        existing = _existing(folder)
+        try:
+            if not existing.is_dir():
+                raise StorageError(f"cannot make {folder}: {existing} is a file", hint="choose another folder")
+            check_writable(existing)
+        except StorageError as error:
+            found.problem(key, error.message, error.hint)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _inspect_space(found: Inspection, spec: ModelSpec, num_pictures: int) -> None:
+    """Compares what the run and its cache still need with the space on their disks, which may be one and the same."""
+    config = found.config
+    one = checkpoint_bytes(config, spec)
+    checkpoints = one * (config.checkpoints.keep + 1)  # one more while it is written
+    exports = export_bytes(config, spec) * (config.export.single_file + config.export.diffusers_folder)
+    cache = cache_bytes_per_picture(config, spec) * num_pictures
+    folders = {"run.folder": config.run.folder, "cache.folder": config.cache.folder}
+    needs = {
+        "run.folder": max(0, checkpoints + exports - size_of(config.run.folder / config.run.name)),
+        "cache.folder": max(0, cache - size_of(config.cache.folder)),
+    }
+    parts = f"{config.checkpoints.keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}, cache {gib(cache)}"
+    disks: dict[int, list[str]] = {}
+    for key, folder in folders.items():
+        disks.setdefault(_existing(folder).stat().st_dev, []).append(key)
+    for keys in disks.values():
+        need, free = sum(needs[key] for key in keys), free_bytes(folders[keys[0]])
+        names = " and ".join(f"`{key}`" for key in keys)
+        found.looked_at.append(f"disk of {names}: {gib(free)} free, about {gib(need)} needed ({parts})")
+        if need > free:
+            message = f"the disk of {names} is too small: about {gib(need)} needed, {gib(free)} free"
+            found.problem(keys[0], message, f"free some space, choose another disk, or lower `checkpoints.keep` ({parts})")
+
+
+def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
+    """About the size of one checkpoint: weights, optimizer state and moving average."""
+    weight = 2 if config.training.precision == "bf16_pure" else 4
+    state = 0 if config.optimizer.name == "adafactor" else 2 * weight  # AdamW's moments; Adafactor's are too small to count
+    return spec.num_parameters("unet") * (weight + state + (EMA_BYTES if config.ema.enabled else 0))
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 if it is not there."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def gib(value: float) -> str:
+    """`9.6 GiB`, or MiB where that would be 0.0."""
+    return f"{value / GIB:,.1f} GiB" if value >= GIB / 20 else f"{value / MIB:,.1f} MiB"
+
+
+def _inspect_packages(found: Inspection) -> None:
+    tracking = found.config.tracking
+    wanted = {"tracking.tensorboard": ("tensorboard", tracking.tensorboard), "tracking.wandb.enabled": ("wandb", tracking.wandb.enabled)}
+    for key, (package, needed) in wanted.items():
+        if needed and find_spec(package) is None:
+            hint = f"`pip install aquatint[{package}]`, or leave out `{key}`; metrics.jsonl is always written"
+            found.problem(key, f"`{key}` needs the package {package}, which is not installed", hint)

@@ -1,0 +1,343 @@
+"""A batch is a function of its index, whoever reads it, and a worker's trouble is told by name."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aquatint.data.batch import Batch, Item, View
+from aquatint.data.captions import draw_dropout
+from aquatint.data.loader import BatchReader, stream
+from aquatint.data.sampler import Order
+from aquatint.data.shards import CorruptEntry, ShardStore
+from aquatint.diffusion.noise import draw_noise
+from aquatint.diffusion.timesteps import draw_timesteps
+from aquatint.errors import AquatintError, StorageError
+from aquatint.utils.seeds import generator
+
+SHAPES = ((4, 6), (6, 4))  # of latents, one per bucket
+COUNTS = (7, 5)
+EMPTY = "e" * 32
+SEED, BATCH_SIZE, SCALING = 11, 4, 0.13025
+
+# Python 3.12 and later say this when a process with threads forks, as DataLoader does by default
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def latent_key(bucket: int, number: int, view: int) -> str:
+    return f"{bucket}{view}{number:030x}"
+
+
+def text_key(number: int, variant: int) -> str:
+    return f"a{variant}{number:030x}"
+
+
+def chunks(number: int) -> int:
+    return 1 + number % 3
+
+
+def the_item(bucket: int, number: int, views: int = 4, variants: int = 2) -> Item:
+    height, width = SHAPES[bucket]
+    cuts = tuple(View(latent_key(bucket, number, view), (3001 + number, 2001, view, 0, 8 * height, 8 * width)) for view in range(views))
+    return Item(f"{bucket}/{number}.png", cuts, tuple(text_key(number, variant) for variant in range(variants)))
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardStore, ShardStore]:
+    folder = tmp_path_factory.mktemp("cache")
+    return fill(folder)
+
+
+def fill(folder: Path) -> tuple[ShardStore, ShardStore]:
+    latents, texts = ShardStore(folder / "latents"), ShardStore(folder / "texts")
+    random = torch.Generator().manual_seed(0)
+    for bucket, (shape, count) in enumerate(zip(SHAPES, COUNTS, strict=True)):
+        latents.write(
+            {
+                latent_key(bucket, number, view): {
+                    "mean": torch.randn(4, *shape, generator=random).half(),
+                    "std": torch.rand(4, *shape, generator=random).half(),
+                }
+                for number in range(count)
+                for view in range(4)
+            }
+        )
+    captions = {text_key(number, variant): chunks(number) for number in range(max(COUNTS)) for variant in range(2)}
+    texts.write(
+        {
+            key: {"prompt_embeds": torch.randn(77 * length, 8, generator=random).half(), "pooled": torch.randn(5, generator=random).half()}
+            for key, length in (captions | {EMPTY: 1}).items()
+        }
+    )
+    return latents, texts
+
+
+def reader_of(stores: tuple[ShardStore, ShardStore], **changes: Any) -> BatchReader:
+    buckets = tuple(tuple(the_item(bucket, number) for number in range(count)) for bucket, count in enumerate(COUNTS))
+    settings: dict[str, Any] = {
+        "seed": SEED, "samples_per_step": 8, "scaling_factor": SCALING, "empty_text_key": EMPTY,
+        "flip_prob": 0.3, "dropout_prob": 0.4, "dropout_zeros_share": 0.5,
+    }  # fmt: skip
+    return BatchReader(*stores, buckets, Order(SEED, COUNTS, BATCH_SIZE), **(settings | changes))
+
+
+@pytest.fixture
+def reader(stores: tuple[ShardStore, ShardStore]) -> BatchReader:
+    return reader_of(stores)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)]
+    return all(torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def all_same(found: Iterable[Batch], expected: Iterable[Batch]) -> bool:
+    return all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# What is in a batch
+
+
+def test_a_batch_holds_the_samples_of_the_order_at_their_positions(reader: BatchReader) -> None:
+    for index in range(12):
+        bucket, members = reader.order.batch(index)
+        batch = reader.read(index)
+        assert batch.names == tuple(f"{bucket}/{member}.png" for member in members)
+        assert batch.positions == tuple(range(4 * index, 4 * index + 4))
+        assert batch.latents.shape == batch.noise.shape == (4, 4, *SHAPES[bucket])
+
+
+def test_formats_and_time_ids_are_exact(reader: BatchReader) -> None:
+    batch = reader.read(0)
+    assert {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name not in ("names", "positions")} == {
+        "latents": torch.float32, "noise": torch.float32, "timesteps": torch.int64,
+        "prompt_embeds": torch.float32, "pooled_prompt_embeds": torch.float32, "time_ids": torch.float32,
+    }  # fmt: skip
+    assert all(float(row[0]) == 3001 + int(name[2]) for row, name in zip(batch.time_ids, batch.names, strict=True))
+    assert batch.time_ids[:, 4:].tolist() == [[8 * side for side in batch.latents.shape[2:]]] * 4
+
+
+def test_latents_are_drawn_around_their_mean_and_scaled(reader: BatchReader) -> None:
+    batch = reader.read(3)
+    bucket, members = reader.order.batch(3)
+    eps = draw_noise(SEED, "latent", batch.positions, (4, *SHAPES[bucket]))
+    for row, member in enumerate(members):
+        view = int(batch.time_ids[row, 2])
+        entry = reader.latents.read(latent_key(bucket, member, view))
+        expected = (entry["mean"].float() + entry["std"].float() * eps[row]) * SCALING
+        assert torch.equal(batch.latents[row], expected)
+
+
+def test_noise_and_timesteps_are_those_of_the_positions(reader: BatchReader) -> None:
+    batch = reader.read(5)
+    assert torch.equal(batch.noise, draw_noise(SEED, "noise", range(20, 24), batch.noise.shape[1:]))
+    assert torch.equal(batch.timesteps, draw_timesteps(SEED, range(20, 24), 8))
+
+
+def test_captions_are_padded_with_the_encoded_empty_text(stores: tuple[ShardStore, ShardStore]) -> None:
+    reader = reader_of(stores, dropout_prob=0.0)
+    empty = reader.texts.read(EMPTY)["prompt_embeds"].float()
+    for index in range(6):
+        batch = reader.read(index)
+        _, members = reader.order.batch(index)
+        longest = max(chunks(member) for member in members)
+        assert batch.prompt_embeds.shape == (4, 77 * longest, 8)
+        for row, member in enumerate(members):
+            texts = [reader.texts.read(text_key(member, variant)) for variant in range(2)]
+            (text,) = [text for text in texts if torch.equal(text["pooled"].float(), batch.pooled_prompt_embeds[row])]
+            parts = [text["prompt_embeds"].float()] + [empty] * (longest - chunks(member))
+            assert torch.equal(batch.prompt_embeds[row], torch.cat(parts))
+
+
+def test_a_dropped_caption_is_zeros_or_the_encoded_empty_text_in_both_embeddings(reader: BatchReader) -> None:
+    empty = reader.texts.read(EMPTY)
+    kinds = set()
+    for index in range(12):
+        batch = reader.read(index)
+        for row, position in enumerate(batch.positions):
+            kind = draw_dropout(SEED, position, prob=0.4, zeros_share=0.5)
+            kinds.add(kind)
+            embeds, pooled = batch.prompt_embeds[row], batch.pooled_prompt_embeds[row]
+            assert (not embeds.any()) == (not pooled.any()) == (kind == "zeros")
+            if kind == "empty":
+                assert torch.equal(pooled, empty["pooled"].float())
+                assert torch.equal(embeds, empty["prompt_embeds"].float().repeat(len(embeds) // 77, 1))
+            assert float(batch.time_ids[row, 0]) >= 3001
+    assert kinds == {"keep", "zeros", "empty"}
+
+
+def test_a_batch_without_any_caption_has_one_chunk(stores: tuple[ShardStore, ShardStore]) -> None:
+    for share in (0.0, 1.0):
+        batch = reader_of(stores, dropout_prob=1.0, dropout_zeros_share=share).read(0)
+        assert batch.prompt_embeds.shape == (4, 77, 8)
+        assert batch.prompt_embeds.any() == (share == 0)
+
+
+def test_views_captions_and_flips_are_drawn_evenly_and_each_on_its_own(stores: tuple[ShardStore, ShardStore]) -> None:
+    reader = reader_of(stores, flip_prob=0.25)
+    item = the_item(0, 0)
+    drawn = [reader._choose_view(item, position) for position in range(4000)]
+    shares = [sum(view == one for view in drawn) / 4000 for one in item.views]
+    assert shares == pytest.approx([0.375, 0.125, 0.375, 0.125], abs=0.03)
+    unflipped = reader_of(stores, flip_prob=0.0)
+    shares = [sum(unflipped._choose_view(item, position) == one for position in range(4000)) / 4000 for one in item.views]
+    assert shares == pytest.approx([0.25] * 4, abs=0.03)
+    captions = [reader_of(stores, dropout_prob=0.0)._choose(item, position).text_key for position in range(2000)]
+    assert captions.count(item.text_keys[0]) == pytest.approx(1000, abs=100)
+
+
+def test_what_is_drawn_for_a_sample_does_not_depend_on_the_batch_size(stores: tuple[ShardStore, ShardStore]) -> None:
+    small = BatchReader(
+        *stores, ((the_item(0, 0),) * 5,), Order(SEED, (5,), 1), seed=SEED, samples_per_step=8, scaling_factor=1.0, empty_text_key=EMPTY
+    )
+    large = BatchReader(
+        *stores, ((the_item(0, 0),) * 5,), Order(SEED, (5,), 4), seed=SEED, samples_per_step=8, scaling_factor=1.0, empty_text_key=EMPTY
+    )
+    singles = [small.read(index) for index in range(4, 8)]
+    four = large.read(1)
+    for name in ("latents", "noise", "timesteps", "pooled_prompt_embeds", "time_ids"):
+        assert torch.equal(torch.cat([getattr(single, name) for single in singles]), getattr(four, name)), name
+
+
+def test_items_are_read_for_validation_as_they_are(reader: BatchReader) -> None:
+    batch = reader.read_items([the_item(1, 2), the_item(1, 0)])
+    means = torch.stack([reader.latents.read(latent_key(1, number, 0))["mean"].float() for number in (2, 0)])
+    assert torch.equal(batch.latents, means * SCALING)
+    assert not batch.noise.any()
+    assert batch.timesteps.tolist() == [0, 0]
+    assert batch.names == ("1/2.png", "1/0.png")
+    assert torch.equal(batch.pooled_prompt_embeds[1], reader.texts.read(text_key(0, 0))["pooled"].float())
+
+
+def test_buckets_that_do_not_fit_the_order_are_refused(stores: tuple[ShardStore, ShardStore]) -> None:
+    with pytest.raises(ValueError, match=r"hold \[1\] samples, the order is for \(2,\)"):
+        BatchReader(*stores, ((the_item(0, 0),),), Order(0, (2,), 1), seed=0, samples_per_step=1, scaling_factor=1.0, empty_text_key=EMPTY)
+
+
+def test_golden_draws(reader: BatchReader) -> None:
+    batch = reader.read(0)
+    assert (batch.names, batch.time_ids[:, 2].tolist(), batch.timesteps.tolist()) == (0, 0, 0)
+    assert [generator(SEED, stream, 5).random() for stream in ("view", "flip", "text-variant")] == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+# Streams
+
+
+@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (2, "fork"), (1, "spawn")])
+def test_any_number_and_kind_of_workers_gives_the_same_batches(reader: BatchReader, workers: int, start_method: str | None) -> None:
+    expected = [reader.read(index) for index in range(2, 11)]
+    state = torch.get_rng_state()
+    with contextlib.closing(stream(reader, 2, 11, workers=workers, prefetch=2, pin=False, start_method=start_method)) as batches:
+        assert all_same(batches, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_stream_that_starts_anywhere_goes_on_as_if_it_had_started_at_the_beginning(reader: BatchReader) -> None:
+    whole = list(stream(reader, 0, 8, workers=0, prefetch=1, pin=False))
+    for start in range(8):
+        assert all_same(stream(reader, start, 8, workers=0, prefetch=1, pin=False), whole[start:])
+    assert list(stream(reader, 8, 8, workers=2, prefetch=1, pin=False)) == []
+
+
+def test_closing_a_stream_ends_its_workers(reader: BatchReader) -> None:
+    before = multiprocessing.active_children()
+    batches = stream(reader, 0, 1000, workers=2, prefetch=2, pin=False, start_method="fork")
+    next(batches)
+    assert len(multiprocessing.active_children()) == len(before) + 2
+    batches.close()
+    assert multiprocessing.active_children() == before
+
+
+# Trouble
+
+
+def damage(folder: Path) -> None:
+    for path in (folder / "latents").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_of_a_worker_arrives_as_it_was_raised(tmp_path: Path, workers: int) -> None:
+    stores = fill(tmp_path)
+    damage(tmp_path)
+    reader = reader_of(stores)
+    with pytest.raises(CorruptEntry, match=r"the cached entry .* is damaged") as caught:
+        list(stream(reader, 0, 12, workers=workers, prefetch=1, pin=False, start_method="fork" if workers else None))
+    assert isinstance(caught.value, StorageError)
+    assert "run the same command again" in caught.value.hint
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_of_ours_in_a_worker_is_named_with_the_batch(stores: tuple[ShardStore, ShardStore], workers: int) -> None:
+    reader = reader_of(stores, empty_text_key="f" * 32)
+    with pytest.raises(AquatintError, match=r"reading batch 0 failed: .*ffff") as caught:
+        list(stream(reader, 0, 12, workers=workers, prefetch=1, pin=False, start_method="fork" if workers else None))
+    assert "report" in caught.value.hint
+
+
+def live_workers(before: list[Any]) -> list[Any]:
+    return [process for process in multiprocessing.active_children() if process not in before]
+
+
+def test_a_worker_that_was_killed_between_two_batches_is_named(reader: BatchReader) -> None:
+    before = multiprocessing.active_children()
+    batches = stream(reader, 0, 1000, workers=2, prefetch=2, pin=False, start_method="fork")
+    next(batches)
+    victim = live_workers(before)[1]
+    victim.kill()
+    victim.join()
+    with pytest.raises(AquatintError, match=r"a process that reads batches has died \(signal 9, Killed\)") as caught:
+        list(batches)
+    assert "loader.workers" in caught.value.hint
+
+
+class Doomed(BatchReader):
+    """Is killed at batch 3, as the kernel does it when memory runs out."""
+
+    def read(self, batch_index: int) -> Batch:
+        if batch_index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(batch_index)
+
+
+def test_a_worker_that_is_killed_while_its_batch_is_awaited_is_named_within_ten_seconds(reader: BatchReader) -> None:
+    reader.__class__ = Doomed
+    start = time.monotonic()
+    with pytest.raises(AquatintError, match=r"a process that reads batches has died \(signal 9, Killed\)"):
+        list(stream(reader, 0, 1000, workers=1, prefetch=1, pin=False, start_method="fork"))
+    assert time.monotonic() - start < 10
+
+
+def test_a_dead_worker_raises_where_batches_are_taken_and_nowhere_else(reader: BatchReader) -> None:
+    handler, before = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    with contextlib.closing(stream(reader, 0, 1000, workers=1, prefetch=1, pin=False, start_method="fork")) as batches:
+        next(batches)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        (worker,) = live_workers(before)
+        worker.kill()
+        worker.join()
+        assert sum(range(100_000)) == 4_999_950_000  # a training step, as it were
+        with pytest.raises(AquatintError, match="has died"):
+            next(batches)
+
+
+def test_ctrl_c_is_left_to_the_parent(reader: BatchReader) -> None:
+    before = multiprocessing.active_children()
+    with contextlib.closing(stream(reader, 0, 1000, workers=1, prefetch=1, pin=False, start_method="fork")) as batches:
+        next(batches)
+        (worker,) = live_workers(before)
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+        assert all(same(next(batches), reader.read(index)) for index in range(1, 6))
+        assert worker.is_alive()
