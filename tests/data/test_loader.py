@@ -197,11 +197,17 @@ def test_views_captions_and_flips_are_drawn_evenly_and_each_on_its_own(stores: t
 
 
 def test_what_is_drawn_for_a_sample_does_not_depend_on_the_batch_size(stores: tuple[ShardStore, ShardStore]) -> None:
-    small = BatchReader(
-        *stores, ((the_item(0, 0),) * 5,), Order(SEED, (5,), 1), seed=SEED, samples_per_step=8, scaling_factor=1.0, empty_text_key=EMPTY
-    )
-    large = BatchReader(
-        *stores, ((the_item(0, 0),) * 5,), Order(SEED, (5,), 4), seed=SEED, samples_per_step=8, scaling_factor=1.0, empty_text_key=EMPTY
+    small, large = (
+        BatchReader(
+            *stores,
+            ((the_item(0, 0),) * 5,),
+            Order(SEED, (5,), batch_size),
+            seed=SEED,
+            samples_per_step=8,
+            scaling_factor=1.0,
+            empty_text_key=EMPTY,
+        )
+        for batch_size in (1, 4)
     )
     singles = [small.read(index) for index in range(4, 8)]
     four = large.read(1)
@@ -225,9 +231,13 @@ def test_buckets_that_do_not_fit_the_order_are_refused(stores: tuple[ShardStore,
 
 
 def test_golden_draws(reader: BatchReader) -> None:
-    batch = reader.read(0)
-    assert (batch.names, batch.time_ids[:, 2].tolist(), batch.timesteps.tolist()) == (0, 0, 0)
-    assert [generator(SEED, stream, 5).random() for stream in ("view", "flip", "text-variant")] == pytest.approx([0, 0, 0], abs=1e-9)
+    batch = reader.read(7)
+    assert batch.names == ("0/4.png", "0/5.png", "0/6.png", "0/4.png")  # a lap ends inside it
+    assert batch.time_ids[:, 2].tolist() == [0, 1, 2, 0]
+    assert batch.timesteps.tolist() == [763, 738, 994, 401]
+    assert batch.pooled_prompt_embeds.any(dim=1).tolist() == [False, True, True, True]
+    drawn = [generator(SEED, stream, 5).random() for stream in ("view", "flip", "text-variant")]
+    assert drawn == [0.14016963700402585, 0.8261661278955559, 0.8946893397886638]
 
 
 # Streams

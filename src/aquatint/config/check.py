@@ -33,6 +33,21 @@ class Finding:
     hint: str
 
 
+def _duration(config: Config, key: str) -> Duration:
+    """The value of `section.name`; for "never", any that no rule minds."""
+    section, name = key.split(".")
+    value: Duration | None = getattr(getattr(config, section), name)
+    return value or Duration(1, "steps")
+
+
+def _is_time(key: str) -> Callable[[Config], bool]:
+    return lambda config: _duration(config, key).unit == "seconds"
+
+
+def _is_zero(key: str) -> Callable[[Config], bool]:
+    return lambda config: _duration(config, key).value == 0
+
+
 RULES = (
     # what the model predicts
     Rule(
@@ -80,7 +95,7 @@ RULES = (
     Rule(
         ("data.max_pixels", "buckets.resolution"),
         lambda c: c.data.max_pixels < c.buckets.resolution**2,
-        "`data.max_pixels` ({c.data.max_pixels}) refuses every picture that is large enough for `buckets.resolution = {c.buckets.resolution}`",
+        "`data.max_pixels = {c.data.max_pixels}` refuses every picture large enough for `buckets.resolution = {c.buckets.resolution}`",
         "leave it out: it is there to keep giant pictures from filling the memory",
     ),
     Rule(
@@ -125,7 +140,7 @@ RULES = (
         ("captions.variants", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
         lambda c: c.captions.variants == 1 and c.captions.style == "tags" and _varies(c),
         "`captions.variants = 1` shuffles or drops the tags of each caption once, and then always shows it that way",
-        "captions are encoded before the training: set `captions.variants = 8`, or leave out `captions.shuffle` and `captions.tag_drop_prob`",
+        "captions are encoded before the training: set `captions.variants = 8`, or leave out the shuffling and dropping",
     ),
     Rule(
         ("captions.tag_drop_prob", "captions.keep_first", "captions.style"),
@@ -174,7 +189,7 @@ RULES = (
     *(
         Rule(
             (key,),
-            lambda c, key=key: _duration(c, key).unit == "seconds",
+            _is_time(key),
             f"`{key}` cannot be a time",
             "what is measured should not depend on how fast the machine is, so that a resumed run repeats it: "
             'count in steps or epochs, such as "100 steps"',
@@ -184,7 +199,7 @@ RULES = (
     *(
         Rule(
             (key,),
-            lambda c, key=key: _duration(c, key).value == 0,
+            _is_zero(key),
             f"`{key}` is zero",
             'write how often, such as "100 steps"' + (', or "never"' if key in ("validation.every", "samples.every") else ""),
         )
@@ -265,7 +280,7 @@ REMARKS = (
     Rule(
         ("samples.height", "samples.width", "buckets.resolution"),
         lambda c: bool(c.samples.prompts) and not 0.5 <= c.samples.height * c.samples.width / c.buckets.resolution**2 <= 2,
-        "samples of {c.samples.width}x{c.samples.height} have another size than the training pictures (about {c.buckets.resolution} squared)",
+        "samples of {c.samples.width}x{c.samples.height} are not of the size of the training pictures (`buckets.resolution`)",
         "a model draws best at the size that it is trained at",
     ),
     Rule(
@@ -303,13 +318,6 @@ def has_bucket(buckets: BucketsSection) -> bool:
 
 def _varies(config: Config) -> bool:
     return config.captions.shuffle or config.captions.tag_drop_prob > 0
-
-
-def _duration(config: Config, key: str) -> Duration:
-    """The value of `section.name`; for "never", any that no rule minds."""
-    section, name = key.split(".")
-    value: Duration | None = getattr(getattr(config, section), name)
-    return value or Duration(1, "steps")
 
 
 def _samples(config: Config, duration: Duration) -> float | None:

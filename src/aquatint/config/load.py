@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tomllib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from pydantic import ValidationError
 from aquatint.config import words
 from aquatint.config.check import RULES, find
 from aquatint.config.describe import OPTIMIZER, all_keys, generic, optimizer_names, optimizers_with, suggest, table
+from aquatint.config.overrides import apply_override, from_folder
 from aquatint.config.parse import COMMAND_LINE, Source, read_source
-from aquatint.config.positions import KeyPath
+from aquatint.config.positions import KeyPath, key_of, path_of
 from aquatint.config.schema import Config, Section
 from aquatint.errors import ConfigError, Problem
 
@@ -29,6 +29,7 @@ _STAND_INS: dict[str, Any] = {  # for required settings that are missing, so tha
     "data.sources.*.folder": "missing",
 }
 
+_LISTS = ("data.sources",)  # sections that are lists of tables
 _MAX_REPAIRS = 10  # rounds; each takes out all wrong values that can be seen, so two or three do
 
 
@@ -43,7 +44,7 @@ class Draft:
 
     def place(self, key: str) -> str:
         """Where a setting was written: `file, line N`, `command line`, or just the file."""
-        return self.source.place(_path(key))
+        return self.source.place(path_of(key))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -70,46 +71,37 @@ def collect_problems(path: Path | str, overrides: Sequence[str] = ()) -> tuple[C
 def read_draft(path: Path | str, overrides: Sequence[str] = ()) -> Draft:
     """Reads as much as can be read. Raises ConfigError only if the file itself cannot be understood."""
     source = read_source(Path(path))
-    report = _Report(source)
-    for token in overrides:
-        _apply_override(source, token, report)
+    report = _Report(source, [problem for token in overrides if (problem := apply_override(source, token))])
     _recognise(source, source.data, (), report)
     _settle_optimizer(source, report)
     config = _absolute(_validate(source, report), Path(source.file).parent)
     for finding in find(RULES, config, report.broken):
-        written = [key for key in finding.keys if not source.place(_path(key)) == source.file] or [finding.keys[0]]
-        report.add(_path(written[0]), finding.message, finding.hint)
-    return Draft(config, report.in_order(), frozenset(report.broken), source)
+        written = [key for key in finding.keys if source.place(path_of(key)) != source.file] or [finding.keys[0]]
+        report.add(path_of(written[0]), finding.message, finding.hint)
+    return Draft(config, in_order(report.problems), frozenset(report.broken), source)
+
+
+def in_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """From the top of the file to its end, then those without a line, then the command line."""
+
+    def position(problem: Problem) -> tuple[bool, float]:
+        line = problem.where.rpartition(", line ")[2]
+        return problem.where == COMMAND_LINE, int(line) if line.isdecimal() else math.inf
+
+    return tuple(sorted(problems, key=position))
 
 
 @dataclass
 class _Report:
     source: Source
-    entries: list[tuple[tuple[int, int], Problem]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
 
     def add(self, path: KeyPath, message: str, hint: str) -> None:
-        self.add_at(self.source.place(path), message, hint)
-
-    def add_at(self, place: str, message: str, hint: str) -> None:
-        line = place.rpartition(", line ")[2]
-        order = (0, int(line)) if line.isdecimal() else (1 if place == COMMAND_LINE else 2, len(self.entries))
-        self.entries.append((order, Problem(message, hint, place)))
-
-    def in_order(self) -> tuple[Problem, ...]:
-        """From the top of the file to its end, then the command line."""
-        return tuple(problem for _, problem in sorted(self.entries, key=lambda entry: entry[0]))
+        self.problems.append(Problem(message, hint, self.source.place(path)))
 
     def is_broken(self, path: KeyPath) -> bool:
-        return any(_key(path[:length]) in self.broken for length in range(1, len(path) + 1))
-
-
-def _path(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-
-
-def _key(path: KeyPath) -> str:
-    return ".".join(map(str, path))
+        return any(key_of(path[:length]) in self.broken for length in range(1, len(path) + 1))
 
 
 def _absolute(section: Any, folder: Path) -> Any:
@@ -118,93 +110,12 @@ def _absolute(section: Any, folder: Path) -> Any:
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Path):
-            changed[name] = Path(os.path.abspath(folder / value.expanduser()))
+            changed[name] = from_folder(folder, value)
         elif isinstance(value, Section):
             changed[name] = _absolute(value, folder)
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):
             changed[name] = tuple(_absolute(item, folder) for item in value)
     return section.model_copy(update=changed)
-
-
-# overrides
-
-
-def _apply_override(source: Source, token: str, report: _Report) -> None:
-    key, equals, text = token.partition("=")
-    path = _path(key.strip())
-    if not equals or not key.strip():
-        report.add_at(COMMAND_LINE, f"`{token}` is not a setting", "write overrides as `section.setting=value`")
-    elif not _is_known(path):
-        report.add_at(COMMAND_LINE, f"unknown setting `{key.strip()}`", words.suggestion_hint(suggest(key.strip(), all_keys())))
-    elif not token.isprintable() and not _is_text(token):
-        report.add_at(COMMAND_LINE, f"`{key}` is not UTF-8 text", "rename the file or folder with plain letters")
-    else:
-        try:
-            _assign(source.data, path, _override_value(path, text))
-            source.override(path)
-        except _CannotAssign as error:
-            report.add_at(COMMAND_LINE, f"cannot set `{key}`: {error}", "set the whole list, or an index that it has")
-        except tomllib.TOMLDecodeError:
-            hint = 'write lists as ["a", "b"], with the whole override in single quotes so that the shell leaves it alone'
-            report.add_at(COMMAND_LINE, f"cannot read the value of `{token}`", hint)
-
-
-class _CannotAssign(Exception):
-    pass
-
-
-def _is_text(token: str) -> bool:
-    try:
-        token.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_known(path: KeyPath) -> bool:
-    """Also an entry of a list of plain values, such as `samples.prompts.0`, is known."""
-    key = generic(_key(path))
-    return key in all_keys() or (isinstance(path[-1], int) and generic(_key(path[:-1])) in all_keys())
-
-
-def _override_value(path: KeyPath, text: str) -> Any:
-    """TOML where it is TOML, else plain text; settings that are texts need no quotes. `null` is no value."""
-    setting = words.find_setting(generic(_key(path)))
-    if text == "null":
-        return None
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text[:1] in ("[", "{") and not (setting and setting.is_text):
-            raise
-        value = text
-    if setting and setting.is_text and not isinstance(value, str):
-        value = text
-    if setting and setting.is_path and isinstance(value, str):
-        value = os.path.abspath(os.path.expanduser(value))
-    return value
-
-
-def _assign(data: Any, path: KeyPath, value: Any) -> None:
-    for part, after in zip(path[:-1], path[1:], strict=True):
-        data = _enter(data, part, [] if isinstance(after, int) else {})
-    _enter(data, path[-1], value)
-    data[path[-1]] = value
-
-
-def _enter(data: Any, part: str | int, default: Any) -> Any:
-    """What `data` holds at `part`, after adding `default` if it holds nothing there."""
-    if isinstance(data, dict) and isinstance(part, str):
-        if not isinstance(data.get(part), type(default)):
-            data[part] = default
-        return data[part]
-    if not isinstance(data, list) or not isinstance(part, int):
-        raise _CannotAssign(f"`{part}` is not in a list" if isinstance(part, int) else "it is an entry of a list")
-    if part > len(data):
-        raise _CannotAssign(f"the list has {len(data)} entries, counted from 0")
-    if part == len(data):
-        data.append(default)
-    return data[part]
 
 
 # keys
@@ -214,37 +125,39 @@ def _recognise(source: Source, node: dict[str, Any], path: KeyPath, report: _Rep
     """Reports keys that no setting has. Where it is clear what was meant, the value is checked as that; else it is left out."""
     for name in list(node):
         here = (*path, name)
-        if generic(_key(here)) not in all_keys():
+        if "." in name or generic(key_of(here)) not in all_keys():
             right = _report_unknown(source, node, here, report)
             if right is None:
                 del node[name]
                 continue
             node[right] = node.pop(name)
-            here = (*path, right)
-        _recognise_inside(source, node[here[-1]], here, report)
+            name = right
+        _recognise_inside(source, node[name], (*path, name), report)
 
 
 def _recognise_inside(source: Source, value: Any, path: KeyPath, report: _Report) -> None:
-    if generic(_key(path)) not in table().sections:
+    section = generic(key_of(path))
+    if section not in table().sections:
         return
-    if isinstance(value, dict):
+    if section in _LISTS:
+        for index, item in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(item, dict):
+                _recognise(source, item, (*path, index), report)
+    elif isinstance(value, dict):
         _recognise(source, value, path, report)
-    for index, item in enumerate(value if isinstance(value, list) else ()):
-        if isinstance(item, dict):
-            _recognise(source, item, (*path, index), report)
 
 
 def _report_unknown(source: Source, node: dict[str, Any], path: KeyPath, report: _Report) -> str | None:
     """Returns the name in the same section that was surely meant, or None."""
-    suggestions = suggest(_key(path), all_keys())
+    suggestions = suggest(key_of(path), all_keys())
     kind = "section" if isinstance(node[str(path[-1])], dict) else "setting"
-    report.add(path, f"unknown {kind} `{_key(path)}`", words.suggestion_hint(suggestions, section=_key(path[:-1])))
+    report.add(path, f"unknown {kind} `{key_of(path)}`", words.suggestion_hint(suggestions, section=key_of(path[:-1])))
     parent, _, right = suggestions[0].rpartition(".") if suggestions else ("", "", "")
-    if not right or parent != generic(_key(path[:-1])) or right in node:
+    if not right or parent != generic(key_of(path[:-1])) or right in node:
         return None
     source.rename(path, (*path[:-1], right))
     if not isinstance(node[str(path[-1])], dict):
-        report.broken.add(_key((*path[:-1], right)))
+        report.broken.add(key_of((*path[:-1], right)))
     return right
 
 
@@ -299,8 +212,8 @@ def _report_value(source: Source, path: KeyPath, report: _Report) -> None:
     if not report.is_broken(path):
         parent, name = _get(source.data, path[:-1]), path[-1]
         missing = isinstance(parent, dict) and name not in parent
-        report.add(path, *(words.missing_value(_key(path)) if missing else words.wrong_value(_key(path), parent[name])))
-    report.broken.add(_key(path))
+        report.add(path, *(words.missing_value(key_of(path)) if missing else words.wrong_value(key_of(path), parent[name])))
+    report.broken.add(key_of(path))
 
 
 def _get(data: Any, path: KeyPath) -> Any:
@@ -311,10 +224,11 @@ def _get(data: Any, path: KeyPath) -> Any:
 
 def _repair(data: Any, path: KeyPath) -> None:
     """Takes a wrong value out, or puts a stand-in where one is needed."""
-    while isinstance(path[-1], int) and generic(_key(path)) not in _STAND_INS:
+    while isinstance(path[-1], int) and generic(key_of(path)) not in _STAND_INS:
         path = path[:-1]  # one bad entry takes its list along
-    parent, name = _get(data, path[:-1]), path[-1]
-    stand_in = _STAND_INS.get(generic(_key(path)))
+    parent: Any = _get(data, path[:-1])
+    name = path[-1]
+    stand_in = _STAND_INS.get(generic(key_of(path)))
     if stand_in is not None:
         parent[name] = json.loads(json.dumps(stand_in))
     else:

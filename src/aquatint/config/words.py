@@ -48,16 +48,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
-def suggestion_hint(suggestions: list[str], section: str = "") -> str:
-    """What to do about an unknown key: `did you mean …?` with the default, or where to look."""
+def suggestion_hint(suggestions: list[str], section: str | None = None) -> str:
+    """What to do about an unknown key: `did you mean …?` with the default, or where to look.
+
+    `section` is where the key stands in a file, if it does.
+    """
     if not suggestions:
-        known = section if generic(section) in all_keys() else ""
-        return f"`aquatint config explain{' ' + known if known else ''}` lists the settings that there are"
+        known = f" {section}" if section and generic(section) in all_keys() else ""
+        return f"`aquatint config explain{known}` lists the settings that there are"
     names = [f"`{key.replace(f'.{ANY_INDEX}', '.0')}`" for key in suggestions]
     setting = find_setting(suggestions[0])
     default = f" (default {shown(setting.default)})" if setting and setting.default not in (None, [], ()) else ""
     home = suggestions[0].rpartition(".")[0]
-    moved = f" It stands under `[{home}]`." if home and generic(section) != home and ANY_INDEX not in home else ""
+    moved = f" It stands under `[{home}]`." if section is not None and home not in ("", generic(section)) and ANY_INDEX not in home else ""
     return f"did you mean {' or '.join(names)}?{default if len(names) == 1 else ''}{moved}"
 
 

@@ -166,7 +166,8 @@ def stream(
         for index in range(start, end):
             yield _next(batches, processes, index)
     finally:
-        del batches  # ends the workers
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # now, and not when the last traceback is forgotten
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from aquatint.demo.pictures import COLORS, GROUNDS, PLACES, Scene
 
 MIN_AREA = 0.02  # of the picture: less than this is a speck, not a shape
-FILL = {"circle": 0.785, "square": 1.0, "triangle": 0.5}  # share of its bounding box that a shape covers
+REACH = {"circle": 0.56, "square": 0.655, "triangle": 0.8}  # from the centroid to the far corners, over the root of the area
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ def _place(mask: np.ndarray) -> str:
 
 def _shape(mask: np.ndarray) -> str:
     rows, columns = np.nonzero(mask)
-    low, high = np.percentile(rows, [2, 98]), np.percentile(columns, [2, 98])
-    fill = mask.sum() / max(float((np.ptp(low) + 1) * (np.ptp(high) + 1)), 1.0)
-    return min(FILL, key=lambda shape: abs(FILL[shape] - fill))
+    distances = np.hypot(rows - rows.mean(), columns - columns.mean())
+    reach = np.percentile(distances, 99) / mask.sum() ** 0.5
+    return min(REACH, key=lambda shape: abs(REACH[shape] - reach))

@@ -7,9 +7,7 @@ from math import prod
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.planning.memory import DTYPE_BYTES, Part, gib, largest_bucket, state_parts
-
-LATENT_SCALE = 8
-TOKENS = 77
+from aquatint.planning.trace import PX_PER_LATENT, TOKENS
 
 
 def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
@@ -27,9 +25,8 @@ def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     """The cached views and captions of one picture in the largest bucket, captions of one chunk."""
     height, width = largest_bucket(config)
     views = (config.crop.variants if config.crop.mode == "random" else 1) * (2 if config.crop.flip_prob > 0 else 1)
-    latent: int = (
-        2 * prod((spec.unet["in_channels"], height // LATENT_SCALE, width // LATENT_SCALE)) * DTYPE_BYTES[config.cache.latent_dtype]
-    )
+    sides = (height // PX_PER_LATENT, width // PX_PER_LATENT)
+    latent: int = 2 * prod((spec.unet["in_channels"], *sides)) * DTYPE_BYTES[config.cache.latent_dtype]
     text: int = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
     return views * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
 

@@ -72,7 +72,7 @@ def saving_lines(found: Sequence[Saving]) -> list[str]:
     return [
         "",
         "to need less:",
-        *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change}: {saving.price}" for saving in found),
+        *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change} ({saving.price})" for saving in found),
     ]
 
 

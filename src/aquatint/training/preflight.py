@@ -5,6 +5,7 @@ No torch, and nothing is written or made: this is what `aquatint check` runs.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -137,12 +138,13 @@ def _list_sources(found: Inspection) -> dict[int, Listing]:
 
 
 def _nearby(folder: Path) -> str:
-    """A hint for a folder that is not there: how far its path is right, and what lies there."""
+    """A hint for a folder that is not there: one that is, and is spelt alike."""
     parent = _existing(folder)
-    entries = os.scandir(parent) if os.access(parent, os.R_OK) and parent.is_dir() else ()
-    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    there = f"; in {parent} there are {', '.join(names[:_MAX_NAMED])}{' …' if len(names) > _MAX_NAMED else ''}" if names else ""
-    return f"check the spelling; relative paths start at the config file{there}"
+    wrong = folder.relative_to(parent).parts[0]
+    names = [entry.name for entry in os.scandir(parent) if entry.is_dir()] if parent.is_dir() and os.access(parent, os.R_OK) else []
+    alike = difflib.get_close_matches(wrong, names, n=1)
+    there = f"there is {parent / alike[0]}" if alike else "relative paths start at the config file"
+    return f"check the spelling; {there}"
 
 
 def _inspect_listing(found: Inspection, key: str, folder: Path, listing: Listing) -> None:

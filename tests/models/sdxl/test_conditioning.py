@@ -128,7 +128,9 @@ def test_sizes_become_the_sinusoids_that_sdxl_was_trained_with():
     zero, size, one, other = sinusoids(0, 1024, 1000, 1001)
     assert zero.tolist() == [1.0] * 128 + [0.0] * 128
     assert size.square().sum().item() == pytest.approx(128, rel=1e-5)
-    assert size[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx([0.987354, -0.53761, 0.993952, -0.158533, -0.843193, 0.109818], abs=2e-4)
+    assert size[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx(
+        [0.987354, -0.53761, 0.993952, -0.158533, -0.843193, 0.109818], abs=2e-4
+    )
     assert (one - other).norm().item() == pytest.approx(2.6712, abs=1e-3)
 
 

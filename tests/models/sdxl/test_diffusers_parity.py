@@ -83,7 +83,14 @@ def picture(pipeline: Any, negative: str | None) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     noise = draw_noise(0, "sample-image", [0], (4, SIDE // 8, SIDE // 8))
     result = pipeline(
-        PROMPT, negative_prompt=negative, height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=SCALE, latents=noise, output_type="np"
+        PROMPT,
+        negative_prompt=negative,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        latents=noise,
+        output_type="np",
     )
     return np.round(result.images * 255)
 

@@ -89,14 +89,15 @@ def test_metadata_is_modelspec_with_the_hash_of_the_data(small_base, tmp_path):
         metadata = file.metadata
     assert hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest() == digest
     assert metadata["modelspec.hash_sha256"] == f"0x{digest}"
-    assert {key: metadata[f"modelspec.{key}"] for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution", "author")} == {
-        "sai_model_spec": "1.0.1",
-        "architecture": "stable-diffusion-xl-v1-base",
-        "implementation": "sgm",
-        "title": "portrait",
-        "resolution": "1024x1024",
-        "author": "A. Person",
-    }  # fmt: skip
+    expected = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "sgm",
+        "modelspec.title": "portrait",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.author": "A. Person",
+    }
+    assert {key: metadata[key] for key in expected} == expected
 
 
 def test_sizes_are_written_only_when_they_are_not_sdxl_s(tiny_base):
@@ -150,7 +151,13 @@ def test_a_folder_opens_as_the_same_model(small_base, tmp_path):
     assert [folder.digest(part) for part in ("unet", "vae", "text_encoders")] == [
         small_base.digest(part) for part in ("unet", "vae", "text_encoders")
     ]
-    assert {path.name for path in (tmp_path / "folder").iterdir()} == {*COMPONENTS, "tokenizer", "tokenizer_2", "scheduler", "model_index.json"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {
+        *COMPONENTS,
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+        "model_index.json",
+    }
 
 
 @pytest.mark.parametrize(
@@ -159,5 +166,9 @@ def test_a_folder_opens_as_the_same_model(small_base, tmp_path):
 )
 def test_the_scheduler_config_says_what_was_trained(prediction, zero_terminal_snr, spacing):
     config = scheduler_config(prediction, zero_terminal_snr)
-    assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (prediction, zero_terminal_snr, spacing)
+    assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (
+        prediction,
+        zero_terminal_snr,
+        spacing,
+    )
     assert (config["beta_start"], config["beta_end"], config["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")

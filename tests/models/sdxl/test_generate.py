@@ -24,7 +24,9 @@ def prompt(encoded, *texts):
 def make(parts, positive, negative=None, *, prediction="v_prediction", ztsnr=True, positions=(0,), scale=3.0, **others):
     unet, vae, _ = parts
     schedule = sdxl_schedule(zero_terminal_snr=ztsnr)
-    return generate(unet, vae, schedule, prediction, positive, negative, positions=positions, guidance_scale=scale, **{"seed": 0, **SIZE, **others})
+    return generate(
+        unet, vae, schedule, prediction, positive, negative, positions=positions, guidance_scale=scale, **{"seed": 0, **SIZE, **others}
+    )
 
 
 def test_pictures_have_the_size_that_was_asked_for(parts):

@@ -161,40 +161,41 @@ def test_weights_that_do_not_fit_in_half_precision_are_refused(tmp_path):
         open_base(tmp_path / "base.safetensors").load_vae(torch.float16)
 
 
-def write_vae(kind: str, folder: Path) -> Path:
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+VAE_FORMS = ("checkpoint", "alone", "alone with matrices", "diffusers names", "old diffusers names", "diffusers folder", "vae folder")
+
+
+def old_name(name: str) -> str:
+    for new, old in OLD_NAMES.items():
+        name = name.replace(new, old)
+    return name
+
+
+def write_vae(form: str, folder: Path) -> Path:
     """The same random autoencoder in each form that people have one."""
-    vae = random_vae()
-    original = {}
+    vae, official, flat = random_vae(), {}, {}
     for name, tensor in vae.items():
         origin = to_original("vae", name)
-        original[origin.name] = tensor[..., None, None] if origin.as_conv else tensor
-    path = folder / "vae.safetensors"
-    if kind == "checkpoint":
-        write_tensors(path, original)
-    elif kind == "original names":
-        write_tensors(path, {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in original.items()})
-    elif kind == "original names, matrices":
-        write_tensors(path, {name.removeprefix(PREFIXES["vae"]): tensor.reshape(tensor.shape[:2]) if "attn_1" in name and tensor.ndim == 4 else tensor for name, tensor in original.items()})  # fmt: skip
-    elif kind == "diffusers names":
-        write_tensors(path, vae)
-    elif kind == "old diffusers names":
-        write_tensors(path, {name.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value").replace("to_out.0", "proj_attn"): tensor for name, tensor in vae.items()})  # fmt: skip
-    else:
-        path = folder / "vae"
-        write_tensors(path / "diffusion_pytorch_model.safetensors", vae)
-        (path / "config.json").write_text(json.dumps(small_spec().vae))
-        path = folder if kind == "diffusers folder" else path
-    return path
+        official[origin.name] = tensor[..., None, None] if origin.as_conv else tensor
+        flat[origin.name.removeprefix(PREFIXES["vae"])] = tensor
+    if form.endswith("folder"):
+        write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
+        (folder / "vae" / "config.json").write_text(json.dumps(small_spec().vae))
+        return folder if form == "diffusers folder" else folder / "vae"
+    tensors = {
+        "checkpoint": official,
+        "alone": {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in official.items()},
+        "alone with matrices": flat,
+        "diffusers names": vae,
+        "old diffusers names": {old_name(name): tensor for name, tensor in vae.items()},
+    }
+    write_tensors(folder / "vae.safetensors", tensors[form])
+    return folder / "vae.safetensors"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "checkpoint", "original names", "original names, matrices", "diffusers names", "old diffusers names", "diffusers folder", "vae folder",
-    ],
-)  # fmt: skip
-def test_another_vae_takes_the_place_of_the_base_s_own(small_base, tmp_path, kind):
-    base = open_base(small_base, write_vae(kind, tmp_path))
+@pytest.mark.parametrize("form", VAE_FORMS)
+def test_another_vae_takes_the_place_of_the_base_s_own(small_base, tmp_path, form):
+    base = open_base(small_base, write_vae(form, tmp_path))
     loaded = base.load_vae().state_dict()
     assert loaded.keys() == random_vae().keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in random_vae().items())

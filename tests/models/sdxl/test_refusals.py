@@ -1,6 +1,7 @@
 """Files that are not a base model: each is named for what it is, with something to do about it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,13 @@ def test_a_model_of_other_sizes_is_refused_without_its_description(tmp_path):
 def test_a_bad_description_of_sizes_is_refused(tmp_path, text):
     path = write_header(tmp_path / "model.safetensors", official_shapes(), {SPEC_KEY: text})
     assert "describes" in refusal(path).message
+
+
+def test_a_description_cannot_ask_for_endless_work(tmp_path):
+    spec = small_spec()
+    greedy = replace(spec, text_encoder={**spec.text_encoder, "num_hidden_layers": 10**12})
+    path = write_header(tmp_path / "model.safetensors", official_shapes(), spec_metadata(greedy))
+    assert "more than 100 layers" in refusal(path).message
 
 
 def test_a_missing_path_and_an_empty_folder(tmp_path):

@@ -59,7 +59,9 @@ def refuse_other_models(path: Path, tensors: Tensors, *, need_vae: bool) -> None
             raise ModelFileError(f"{path} is {kind.what}", hint=kind.hint)
     has_text = all(_starts(PREFIXES[component])(tensors) for component in ("text_encoder", "text_encoder_2"))
     if not has_text:
-        raise ModelFileError(f"{path} has no text encoders", hint="choose the full checkpoint, which has the UNet, both text encoders and the VAE")
+        raise ModelFileError(
+            f"{path} has no text encoders", hint="choose the full checkpoint, which has the UNet, both text encoders and the VAE"
+        )
     if need_vae and not _starts(PREFIXES["vae"])(tensors):
         raise ModelFileError(f"{path} has no VAE", hint="set `model.vae` to the SDXL VAE, or choose a checkpoint that includes it")
 
@@ -80,7 +82,9 @@ def refuse_other_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]],
     """Raises ModelFileError when the configs of a diffusers folder do not describe SDXL. `expected` is SDXL's own UNet config."""
     unet, vae = configs["unet"], configs["vae"]
     if unet.get("in_channels", 4) != expected["in_channels"]:
-        raise ModelFileError(f"{folder} holds an inpainting or editing model: its UNet reads {unet['in_channels']} channels", hint=_INPAINTING_HINT)
+        raise ModelFileError(
+            f"{folder} holds an inpainting or editing model: its UNet reads {unet['in_channels']} channels", hint=_INPAINTING_HINT
+        )
     blocks = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block", "addition_embed_type")
     depths = unet.get("transformer_layers_per_block")
     same_depths = isinstance(depths, list) and len(depths) == 3 and all(isinstance(depth, int) for depth in depths)

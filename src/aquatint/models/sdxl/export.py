@@ -20,7 +20,7 @@ from torch import Tensor
 from aquatint.diffusion.parameterization import Prediction
 from aquatint.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 from aquatint.errors import NumericalError, StorageError
-from aquatint.models.sdxl.keys import Piece, original_layout, original_shape
+from aquatint.models.sdxl.keys import Piece, original_layout, stored_shape
 from aquatint.models.sdxl.load import SPEC_KEY, BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component
@@ -152,7 +152,7 @@ def _markers(prediction: Prediction, zero_terminal_snr: bool) -> list[str]:
 
 def _official_tensor(pieces: tuple[Piece, ...], values: list[Tensor | LazyTensor]) -> LazyTensor:
     """An official tensor that is put together from its internal pieces when it is written."""
-    shape = original_shape(pieces, tuple(values[0].shape))
+    shape = stored_shape(pieces[0].origin, tuple(values[0].shape))
     return LazyTensor(values[0].dtype, shape, partial(_assemble, values, shape, transposed=pieces[0].origin.transposed))
 
 

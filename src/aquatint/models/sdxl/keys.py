@@ -50,11 +50,15 @@ def to_original(component: Component, name: str) -> Origin:
     if component == "unet":
         return Origin(prefix + _rename(name, _unet_modules()))
     if component == "vae":
-        is_matrix = ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
-        return Origin(prefix + _rename(name, _vae_modules()), as_conv=is_matrix)
+        return Origin(prefix + _rename(name, _vae_modules()), as_conv=is_vae_matrix(name))
     if component == "text_encoder":
         return Origin(prefix + name)
     return _bigg_origin(prefix, name)
+
+
+def is_vae_matrix(name: str) -> bool:
+    """Whether an internal tensor of the autoencoder is one of its attention's matrices."""
+    return ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
 
 
 def from_original(component: Component, name: str) -> tuple[str, ...]:
@@ -81,21 +85,20 @@ def original_layout(spec: ModelSpec) -> dict[str, tuple[Piece, ...]]:
     return {name: tuple(sorted(pieces, key=lambda piece: piece.origin.part or 0)) for name, pieces in layout.items()}
 
 
-def original_shape(pieces: tuple[Piece, ...], shape: Shape) -> Shape:
-    """The shape of an official tensor, from the internal shape of its (first) piece."""
-    origin = pieces[0].origin
+def stored_shape(origin: Origin, shape: Shape) -> Shape:
+    """The shape in the official layout of a tensor of which `shape` is the internal one."""
+    if origin.part is not None:
+        return (len(FUSED) * shape[0], *shape[1:])
     if origin.transposed:
         return shape[::-1]
-    if origin.as_conv:
-        return (*shape, 1, 1)
-    return (len(pieces) * shape[0], *shape[1:]) if origin.part is not None else shape
+    return (*shape, 1, 1) if origin.as_conv else shape
 
 
 def original_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Official name -> shape, for a model of this size."""
     internal = {component: spec.shapes(component) for component in COMPONENTS}
-    layout = original_layout(spec)
-    return {name: original_shape(pieces, internal[pieces[0].component][pieces[0].name]) for name, pieces in layout.items()}
+    firsts = {name: pieces[0] for name, pieces in original_layout(spec).items()}
+    return {name: stored_shape(piece.origin, internal[piece.component][piece.name]) for name, piece in firsts.items()}
 
 
 def official_shapes() -> dict[str, Shape]:

@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aquatint.data.batch import Batch
+from aquatint.diffusion.schedule import sdxl_schedule
+from aquatint.training import step
+from aquatint.training.step import Objective, Parts, gradient_norm, train_step
+
+
+class Linear(torch.nn.Module):
+    """Predicts `weight` times the noisy latents, whatever else it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+
+@pytest.fixture(autouse=True)
+def simple_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "predict", lambda unet, noisy, *conditions: unet.weight * noisy)
+
+
+def parts(*, clip_norm: float = 0.0, weights: torch.Tensor | None = None, learning_rate: float = 0.1) -> Parts:
+    unet = Linear()
+    schedule = sdxl_schedule(zero_terminal_snr=True)
+    weights = torch.ones(1000) if weights is None else weights
+    return Parts(
+        unet=unet,
+        optimizer=torch.optim.SGD(unet.parameters(), lr=1.0),
+        ema=None,
+        objective=Objective(schedule, "v_prediction", weights),
+        learning_rate=lambda step: learning_rate,
+        autocast=False,
+        clip_norm=clip_norm,
+        device=torch.device("cpu"),
+    )
+
+
+def batch(size: int, seed: int = 0, timestep: int | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(0, 1000, (size,), generator=generator) if timestep is None else torch.full((size,), timestep)
+    return Batch(
+        latents=torch.randn(size, 4, 8, 8, generator=generator),
+        noise=torch.randn(size, 4, 8, 8, generator=generator),
+        timesteps=timesteps,
+        prompt_embeds=torch.zeros(size, 77, 8),
+        pooled_prompt_embeds=torch.zeros(size, 8),
+        time_ids=torch.zeros(size, 6),
+        names=tuple(f"{seed}-{i}" for i in range(size)),
+        positions=tuple(range(size)),
+    )
+
+
+def joined(*batches: Batch) -> Batch:
+    tensors = ("latents", "noise", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+    return replace(
+        batches[0],
+        **{name: torch.cat([getattr(one, name) for one in batches]) for name in tensors},
+        names=tuple(name for one in batches for name in one.names),
+        positions=tuple(range(sum(len(one.names) for one in batches))),
+    )
+
+
+def test_at_the_terminal_step_the_target_is_minus_the_picture():
+    """v = -x0 at SNR 0, and the input is pure noise: the loss is that of weight * noise against -latents."""
+    one = batch(3, timestep=999)
+    report = train_step(parts(), [one], 0)
+    assert report.loss == pytest.approx((0.5 * one.noise + one.latents).square().mean().item(), rel=1e-5)
+
+
+def test_accumulated_batches_of_unequal_size_equal_one_large_batch():
+    first, second = batch(1, seed=1), batch(5, seed=2)
+    apart, together = parts(), parts()
+    report_apart = train_step(apart, [first, second], 0)
+    report_together = train_step(together, [joined(first, second)], 0)
+    assert report_apart.samples == report_together.samples == 6
+    assert report_apart.loss == pytest.approx(report_together.loss, rel=1e-6)
+    assert apart.unet.weight.item() == pytest.approx(together.unet.weight.item(), rel=1e-6)
+
+
+def test_the_weight_belongs_to_each_sample_by_its_timestep():
+    """Weight 1 at t = 10 and 0 at t = 20: the second sample does not count, in the loss or in the gradient."""
+    weights = torch.zeros(1000)
+    weights[10] = 1.0
+    mixed = joined(batch(1, seed=1, timestep=10), batch(1, seed=2, timestep=20))
+    report = train_step(parts(weights=weights), [mixed], 0)
+    alone = train_step(parts(), [batch(1, seed=1, timestep=10)], 0)
+    assert report.loss == pytest.approx(alone.loss / 2, rel=1e-6)
+    assert report.gradient_norm == pytest.approx(alone.gradient_norm / 2, rel=1e-6)
+
+
+def test_the_learning_rate_of_the_step_is_used():
+    slow, fast = parts(learning_rate=0.01), parts(learning_rate=0.02)
+    train_step(slow, [batch(2)], 0)
+    train_step(fast, [batch(2)], 0)
+    assert fast.unet.weight.item() - 0.5 == pytest.approx(2 * (slow.unet.weight.item() - 0.5), rel=1e-5)
+
+
+def test_the_gradient_is_clipped_after_its_norm_is_reported():
+    clipped = parts(clip_norm=1e-3, learning_rate=1.0)
+    report = train_step(clipped, [batch(2)], 0)
+    assert report.gradient_norm > 1e-2
+    assert abs(clipped.unet.weight.item() - 0.5) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(poison: float):
+    one = batch(2)
+    one.latents[0, 0, 0, 0] = poison
+    broken = parts()
+    report = train_step(broken, [one], 0)
+    assert not report.finite
+    assert broken.unet.weight.item() == 0.5
+    assert broken.unet.weight.grad is None
+    assert train_step(broken, [batch(2)], 1).finite
+
+
+def test_the_gradient_norm_of_half_precision_gradients_is_exact():
+    """In bf16 the sum of 1000 ones would stop at 256."""
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    assert gradient_norm([parameter]).item() == pytest.approx(1000**0.5, rel=1e-6)
+
+
+def test_the_report_names_the_pictures():
+    assert train_step(parts(), [batch(1, seed=4), batch(1, seed=5)], 0).names == ("4-0", "5-0")
