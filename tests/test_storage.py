@@ -26,7 +26,10 @@ class Crash(BaseException):
 
 
 class Disk:
-    """Stands before the disk operations of `storage`. `log` has those that were done; number `at` (from 1) fails."""
+    """Stands before the disk operations of `storage`. `log` has those that were done; number `at` (from 1) fails.
+
+    If the trouble is lasting, all that come after it fail too, with another error.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -43,7 +46,10 @@ class Disk:
     def tick(self, name: str) -> None:
         self.count += 1
         if self.at and (self.count == self.at or (self.lasting and self.count > self.at)):
-            raise OSError(self.error, os.strerror(self.error)) if isinstance(self.error, int) else self.error
+            if not isinstance(self.error, int):
+                raise self.error
+            error = self.error if self.count == self.at else errno.EIO
+            raise OSError(error, os.strerror(error))
         self.log.append(name)
 
     def _guarded(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,6 +285,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, disk: Disk, error:
         storage.remove_temporaries(tmp_path)
         assert files(tmp_path) == []
     assert files(path) == ["a", "deep/b"]
+
+
+def test_a_folder_is_synced_with_its_folders_before_it_gets_its_name(tmp_path: Path, disk: Disk) -> None:
+    fill(tmp_path / "folder")
+    order = [name for name in disk.log if name in ("write", "replace", "fsync", "rename")]
+    assert order[-6:] == ["replace", "fsync", "fsync", "fsync", "rename", "fsync"]
 
 
 def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:

@@ -226,14 +226,28 @@ def test_a_damaged_shard_gives_no_wrong_bytes_is_removed_and_can_be_made_again(t
     assert holds(ShardStore(store.folder), entries(1, 2, 3))
 
 
-def test_a_damaged_header_is_reported_when_the_store_is_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "part", [b'"data_offsets"', b'"%s/mean"' % key(2).encode(), b'\\"%s\\": ' % key(2).encode(), b"aquatint.checksums"]
+)
+def test_a_damaged_header_is_noticed_when_the_store_is_opened(tmp_path: Path, part: bytes) -> None:
     ShardStore(tmp_path).write(entries(1, 2))
-    name = the_shard(tmp_path).name
-    flip(the_shard(tmp_path), 300)
+    path = the_shard(tmp_path)
+    flip(path, path.read_bytes().index(part) + len(part) // 2)
     store = ShardStore(tmp_path)
     assert store.keys() == set()
-    assert list(store.discarded) == [name]
-    assert store.discarded[name]
+    assert list(store.discarded) == [path.name]
+    assert store.discarded[path.name]
+
+
+def test_a_damaged_checksum_is_noticed_when_the_store_is_opened(tmp_path: Path) -> None:
+    ShardStore(tmp_path).write(entries(1, 2))
+    path = the_shard(tmp_path)
+    known = b'\\"%s\\": \\"' % key(2).encode()
+    place = path.read_bytes().index(known) + len(known)
+    content = bytearray(path.read_bytes())
+    content[place] = ord("1") if content[place] == ord("0") else ord("0")
+    path.write_bytes(content)
+    assert ShardStore(tmp_path).discarded == {path.name: "its header is not the one that was written"}
 
 
 def test_a_damaged_entry_is_named_when_it_is_read(tmp_path: Path) -> None:

@@ -192,18 +192,24 @@ def suggest(key: str, known: Iterable[str], limit: int = 3) -> list[str]:
     known = tuple(known)
     key = generic(key).lower().replace("-", "_")
     section, _, leaf = key.rpartition(".")
-    scores = {other: _likeness(section, leaf, key, other) for other in known}
+    scores = _likeness(section, leaf, key, known)
     best = max(scores.values())
     ranked = sorted(known, key=lambda other: (-scores[other], other))
     near = [other for other in ranked if scores[other] >= max(_ALIKE, best - _MUCH_LESS)]
     surely = [other for other in near[:1] if other.rpartition(".")[0] == section and scores[other] >= _VERY_ALIKE]
+    inside = [section] if optimizers_with(section) else []  # not a section but a setting, which holds nothing
     renamed = [OTHER_NAMES[leaf]] if OTHER_NAMES.get(leaf) in known else []
     moved = [other for other in ranked if other.rpartition(".")[2] == leaf and other != key]
-    return list(dict.fromkeys(near if surely else renamed + moved or near))[:limit]
+    return list(dict.fromkeys(near if surely else inside + renamed + moved or near))[:limit]
 
 
-def _likeness(section: str, leaf: str, key: str, other: str) -> float:
-    other_section, _, other_leaf = other.rpartition(".")
-    whole = difflib.SequenceMatcher(None, key, other).ratio()
-    last = difflib.SequenceMatcher(None, leaf, other_leaf).ratio()
-    return (whole + last) / 2 + (0.25 if section == other_section else 0.0)
+def _likeness(section: str, leaf: str, key: str, known: Iterable[str]) -> dict[str, float]:
+    """How alike each known key is: as a whole, in its last name, and a bonus for the same section."""
+    whole, last = difflib.SequenceMatcher(b=key, autojunk=False), difflib.SequenceMatcher(b=leaf, autojunk=False)
+    scores = {}
+    for other in known:
+        other_section, _, other_leaf = other.rpartition(".")
+        whole.set_seq1(other)
+        last.set_seq1(other_leaf)
+        scores[other] = (whole.ratio() + last.ratio()) / 2 + (0.25 if section == other_section else 0.0)
+    return scores

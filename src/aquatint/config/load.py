@@ -200,7 +200,7 @@ def _locate(data: Any, location: KeyPath, *, missing: bool) -> KeyPath:
     """Where in the data an error is. Pydantic's own location also names branches of unions, which are no keys."""
     path: list[str | int] = []
     for part in location:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
+        if _holds(data, part):
             data = data[part]
             path.append(part)
         elif missing and part == location[-1] and isinstance(data, dict):
@@ -208,11 +208,17 @@ def _locate(data: Any, location: KeyPath, *, missing: bool) -> KeyPath:
     return tuple(path)
 
 
+def _holds(data: Any, part: str | int) -> bool:
+    if isinstance(data, list):
+        return isinstance(part, int) and part < len(data)
+    return isinstance(data, dict) and part in data
+
+
 def _report_value(source: Source, path: KeyPath, report: _Report) -> None:
     if not report.is_broken(path):
-        parent, name = _get(source.data, path[:-1]), path[-1]
-        missing = isinstance(parent, dict) and name not in parent
-        report.add(path, *(words.missing_value(key_of(path)) if missing else words.wrong_value(key_of(path), parent[name])))
+        parent: Any = _get(source.data, path[:-1])
+        known = _holds(parent, path[-1])
+        report.add(path, *(words.wrong_value(key_of(path), parent[path[-1]]) if known else words.missing_value(key_of(path))))
     report.broken.add(key_of(path))
 
 

@@ -16,7 +16,7 @@ from aquatint.errors import Problem
 
 
 def apply_override(source: Source, token: str) -> Problem | None:
-    """Puts one override into the source's values. Returns what is wrong with it; the source is then as it was."""
+    """Puts one override into the source's values. Returns what is wrong with it, if anything."""
     key, equals, text = token.partition("=")
     path = path_of(key.strip())
     if not equals or not key.strip():
@@ -91,7 +91,7 @@ def _assign(data: Any, path: KeyPath, value: Any) -> None:
 def _enter(data: Any, part: str | int, default: Any) -> Any:
     """What `data` holds at `part`, after adding `default` if it holds nothing there."""
     if isinstance(data, dict) and isinstance(part, str):
-        if not isinstance(data.get(part), type(default)):
+        if part not in data or not isinstance(data[part], type(default)):
             data[part] = default
         return data[part]
     if not isinstance(data, list) or not isinstance(part, int):

@@ -182,6 +182,7 @@ def _yaml(text: str) -> tuple[Any, Lines]:
     reader = YAML(typ="rt", pure=True)
     reader.version = (1, 2)
     try:
+        _check_yaml_depth(text)
         root = reader.load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
@@ -194,10 +195,22 @@ def _yaml(text: str) -> tuple[Any, Lines]:
     return {} if root is None else _plain(root, (), lines, [MAX_YAML_VALUES]), lines
 
 
+def _check_yaml_depth(text: str) -> None:
+    """As `_check_depth`, before ruamel builds anything: it needs seconds to give up on deep nesting."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise RecursionError
+
+
 def _plain(node: Any, path: KeyPath, lines: Lines, left: list[int]) -> Any:
     """Ruamel's values as plain ones. `left[0]` is how many more there may be."""
     left[0] -= 1
-    if len(path) > MAX_DEPTH:
+    if len(path) > MAX_DEPTH:  # an alias can lie inside what it stands for
         raise RecursionError
     if left[0] < 0:
         raise _SyntaxProblem("too many values", "write them out instead of repeating them with anchors (&) and aliases (*)", None)

@@ -13,17 +13,6 @@ from collections.abc import Callable
 KeyPath = tuple[str | int, ...]
 Lines = dict[KeyPath, int]
 
-
-def path_of(key: str) -> KeyPath:
-    """`data.sources.0.folder` -> ("data", "sources", 0, "folder")."""
-    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-
-
-def key_of(path: KeyPath) -> str:
-    """The other way round."""
-    return ".".join(map(str, path))
-
-
 _SPACE = re.compile(r"(?:[\s]|#[^\n]*)*")  # white space, line ends and comments
 _BLANK = re.compile(r"[ \t]*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -34,6 +23,16 @@ _STRINGS = {  # opening quotes -> the whole string
     '"': re.compile(r'"(?:\\.|[^"\\\n])*"'),
     "'": re.compile(r"'[^'\n]*'"),
 }
+
+
+def path_of(key: str) -> KeyPath:
+    """`data.sources.0.folder` -> ("data", "sources", 0, "folder")."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def key_of(path: KeyPath) -> str:
+    """The other way round."""
+    return ".".join(map(str, path))
 
 
 def _line_of(text: str) -> Callable[[int], int]:

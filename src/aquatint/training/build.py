@@ -6,6 +6,7 @@ import contextlib
 import platform
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import VAE_SCALING_FACTOR
 from aquatint.optim.create import create_optimizer
 from aquatint.optim.lr import learning_rate_factor
-from aquatint.storage import check_writable, folder_lock, write_json, write_text
+from aquatint.storage import append_text, check_writable, folder_lock, write_json, write_text
 from aquatint.tensor_file import LazyTensor
 from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
@@ -47,6 +48,7 @@ from aquatint.training.step import Objective, Parts
 from aquatint.training.tasks import Saver, log_action, sample_action, timings_action, validate_action
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
 from aquatint.training.validation import ValidationSet
+from aquatint.utils.logging import logged
 from aquatint.utils.progress import Progress, say
 
 
@@ -54,7 +56,7 @@ def train_run(config: Config, *, accept_changes: bool = False) -> TrainResult:
     """Trains, or goes on training, and exports at the end. Raises AquatintError; Interrupted after a requested stop."""
     folder = config.run.folder / config.run.name
     check_writable(folder)
-    with folder_lock(folder), contextlib.ExitStack() as stack:
+    with folder_lock(folder), logged(partial(append_text, folder / "run.log")), contextlib.ExitStack() as stack:
         built = build_run(config, folder, stack, accept_changes=accept_changes)
         stop = stack.enter_context(graceful_stop())
         result = train(built.run, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 import time
@@ -19,7 +20,8 @@ SPEED_WINDOW = 200  # reports that the time left is reckoned from
 
 
 def say(text: str) -> None:
-    """Prints a line of text; above the bar if one is shown."""
+    """Prints a line of text; above the bar if one is shown. A run keeps it in its log."""
+    logging.getLogger("aquatint").info(text)
     print(text, file=sys.stderr, flush=True)
 
 
@@ -60,7 +62,8 @@ class Bar:
             self.note(self.line())
 
     def note(self, text: str) -> None:
-        """Prints a line of text above the bar."""
+        """Prints a line of text above the bar. A run keeps it in its log."""
+        logging.getLogger("aquatint").info(text)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def line(self) -> str:

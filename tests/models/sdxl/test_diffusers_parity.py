@@ -17,7 +17,7 @@ from aquatint.models.sdxl.generate import generate, predict
 from aquatint.models.sdxl.load import BaseModel, open_base
 
 PROMPT, NEGATIVE = "a red circle on the left, white background", "a blue square"
-SIDE, STEPS, SCALE = 64, 4, 3.0
+HEIGHT, WIDTH, STEPS, SCALE = 64, 96, 4, 3.0
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers under numpy 2
 
@@ -50,7 +50,7 @@ class Exported:
         unconditional = None if negative is None else self.prompt(negative)
         return generate(
             self.unet, self.vae, schedule, self.prediction, self.prompt(PROMPT), unconditional,
-            seed=0, positions=[0], height=SIDE, width=SIDE, num_steps=STEPS, guidance_scale=SCALE,
+            seed=0, positions=[0], height=HEIGHT, width=WIDTH, num_steps=STEPS, guidance_scale=SCALE,
         )  # fmt: skip
 
 
@@ -81,12 +81,12 @@ def from_pretrained(exported: Exported) -> Any:
 def picture(pipeline: Any, negative: str | None) -> np.ndarray:
     """The pipeline's picture from our noise, as numbers like ours."""
     pipeline.set_progress_bar_config(disable=True)
-    noise = draw_noise(0, "sample-image", [0], (4, SIDE // 8, SIDE // 8))
+    noise = draw_noise(0, "sample-image", [0], (4, HEIGHT // 8, WIDTH // 8))
     result = pipeline(
         PROMPT,
         negative_prompt=negative,
-        height=SIDE,
-        width=SIDE,
+        height=HEIGHT,
+        width=WIDTH,
         num_inference_steps=STEPS,
         guidance_scale=SCALE,
         latents=noise,

@@ -99,6 +99,20 @@ def test_a_lazy_tensor_outlives_what_made_it(small_base):
     assert tensor.load().shape == tensor.shape == (8, 4, 3, 3)
 
 
+def test_no_file_stays_open(small_base):
+    def open_files() -> list[str]:
+        return [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+
+    base = open_base(small_base)
+    base.load_unet()
+    base.digest("text_encoders")
+    component = base.component("vae")
+    component["quant_conv.bias"].load()
+    assert open_files().count(str(small_base)) == 1
+    del component
+    assert open_files().count(str(small_base)) == 0
+
+
 def test_tensors_that_nobody_uses_are_made_up_when_the_base_lost_them(tmp_path):
     lost = (PREFIXES["text_encoder"] + "embeddings.position_ids", PREFIXES["text_encoder_2"] + "logit_scale")
     base = open_base(write_small(tmp_path / "model.safetensors", without=lost))
