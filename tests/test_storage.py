@@ -377,9 +377,12 @@ def test_removing_a_file_that_is_gone_is_no_error(tmp_path: Path) -> None:
 # Locks
 
 HOLD = """
-import pathlib, sys
+import os, pathlib, sys, time
 from aquatint.storage import folder_lock
 with folder_lock(pathlib.Path(sys.argv[1])):
+    if os.fork() == 0:  # a worker that outlives its parent for a moment
+        time.sleep(1)
+        os._exit(0)
     print("held", flush=True)
     sys.stdin.read()
 """

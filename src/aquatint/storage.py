@@ -55,14 +55,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary = _temporary_name(target)
         file = open(temporary, "xb")
         try:
-            with file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
             os.replace(temporary, target)
             sync_folder(target.parent)
         except BaseException:
             with contextlib.suppress(OSError):  # what went wrong first is the news
+                file.close()
+            with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
 
@@ -217,6 +219,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 f"another process is working in {folder}",
                 hint="wait for it to end, stop it, or give this run another name with run.name=...",
             )
+        os.register_at_fork(after_in_child=file.close)  # or a worker would hold the folder when this process is killed
         yield
 
 

@@ -105,6 +105,10 @@ def all_same(found: Iterable[Batch], expected: Iterable[Batch]) -> bool:
     return all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def live_workers(before: list[Any]) -> list[Any]:
+    return [process for process in multiprocessing.active_children() if process not in before]
+
+
 # What is in a batch
 
 
@@ -290,14 +294,11 @@ def test_the_error_of_a_worker_arrives_as_it_was_raised(tmp_path: Path, workers:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_mistake_of_ours_in_a_worker_is_named_with_the_batch(stores: tuple[ShardStore, ShardStore], workers: int) -> None:
-    reader = reader_of(stores, empty_text_key="f" * 32)
+    reader, before = reader_of(stores, empty_text_key="f" * 32), multiprocessing.active_children()
     with pytest.raises(AquatintError, match=r"reading batch 0 failed: .*ffff") as caught:
         list(stream(reader, 0, 12, workers=workers, prefetch=1, pin=False, start_method="fork" if workers else None))
     assert "report" in caught.value.hint
-
-
-def live_workers(before: list[Any]) -> list[Any]:
-    return [process for process in multiprocessing.active_children() if process not in before]
+    assert live_workers(before) == []
 
 
 def test_a_worker_that_was_killed_between_two_batches_is_named(reader: BatchReader) -> None:
@@ -307,8 +308,10 @@ def test_a_worker_that_was_killed_between_two_batches_is_named(reader: BatchRead
     victim = live_workers(before)[1]
     victim.kill()
     victim.join()
+    start = time.monotonic()
     with pytest.raises(AquatintError, match=r"a process that reads batches has died \(signal 9, Killed\)") as caught:
         list(batches)
+    assert time.monotonic() - start < 4
     assert "loader.workers" in caught.value.hint
 
 

@@ -226,9 +226,10 @@ def test_a_damaged_shard_gives_no_wrong_bytes_is_removed_and_can_be_made_again(t
     assert holds(ShardStore(store.folder), entries(1, 2, 3))
 
 
-@pytest.mark.parametrize(
-    "part", [b'"data_offsets"', b'"%s/mean"' % key(2).encode(), b'\\"%s\\": ' % key(2).encode(), b"aquatint.checksums"]
-)
+HEADER_PARTS = (b'"data_offsets"', b'"%s/mean"' % key(2).encode(), b'\\"%s\\": ' % key(2).encode(), b"aquatint.checksums")
+
+
+@pytest.mark.parametrize("part", HEADER_PARTS)
 def test_a_damaged_header_is_noticed_when_the_store_is_opened(tmp_path: Path, part: bytes) -> None:
     ShardStore(tmp_path).write(entries(1, 2))
     path = the_shard(tmp_path)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A .toml, .json or .yaml file, or the folder of a run.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SECTION.SETTING=VALUE", help="Settings for this time, such as training.batch_size=2."),
+    typer.Argument(
+        metavar="SECTION.SETTING=VALUE", help="Settings for this time, such as training.batch_size=2; paths start at the current folder."
+    ),
 ]
 
 

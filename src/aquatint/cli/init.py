@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +31,8 @@ def init(
         raise UsageError(f"{path} does not end in .toml", hint="choose a name such as run.toml")
     if path.exists():
         raise UsageError(f"{path} exists already", hint="choose another name, or move it away; it is not overwritten")
+    changes: dict[str, Any] = {"run.name": run_name(name, path)}
     chosen = choose_preset(preset, vram)
-    changes: dict[str, Any] = {"run.name": name or path.stem}
     if base is not None:
         changes["model.base"] = base.absolute()
     changes |= {f"data.sources.{index}.folder": folder.absolute() for index, folder in enumerate(pictures or [])}
@@ -40,6 +41,21 @@ def init(
     missing = [key for key, value in (("model.base", base), ("data.sources", pictures)) if not value]
     edit = f"set {' and '.join(missing)} in it, then " if missing else ""
     typer.echo(f"next: {edit}run `aquatint check {path}`")
+
+
+def run_name(name: str | None, path: Path) -> str:
+    """The name asked for, or one made of the file's. Raises UsageError."""
+    from aquatint.config.describe import table
+    from aquatint.config.words import wrong_value
+
+    allowed = table().settings["run.name"].schema["pattern"]
+    if name is None:
+        likely = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+        return likely if re.match(allowed, likely) else "run"
+    if not re.match(allowed, name):
+        message, hint = wrong_value("run.name", name)
+        raise UsageError(message, hint=hint)
+    return name
 
 
 def choose_preset(preset: str | None, vram: float | None) -> Any:

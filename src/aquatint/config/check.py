@@ -146,7 +146,7 @@ RULES = (
         ("captions.tag_drop_prob", "captions.keep_first", "captions.style"),
         lambda c: c.captions.style == "tags" and c.captions.tag_drop_prob == 1 and c.captions.keep_first == 0,
         "`captions.tag_drop_prob = 1` drops every tag of every caption",
-        "set it to 0.1 for some variety, or set `captions.keep_first`",
+        "every caption would be empty: set it to 0.1 for some variety, or set `captions.keep_first`",
     ),
     # loss
     Rule(
@@ -166,7 +166,7 @@ RULES = (
         ("training.length",),
         lambda c: c.training.length.value == 0,
         "`training.length` is zero",
-        'say how long to train, such as "2000 steps" or "10 epochs"',
+        'nothing would be trained: write "2000 steps" or "10 epochs"',
     ),
     Rule(
         ("training.length",),
@@ -201,7 +201,8 @@ RULES = (
             (key,),
             _is_zero(key),
             f"`{key}` is zero",
-            'write how often, such as "100 steps"' + (', or "never"' if key in ("validation.every", "samples.every") else ""),
+            'zero steps never pass: write how often, such as "100 steps"'
+            + (', or "never"' if key in ("validation.every", "samples.every") else ""),
         )
         for key in ("tracking.log_every", "validation.every", "samples.every", "checkpoints.every")
     ),
@@ -209,7 +210,7 @@ RULES = (
         ("lr.end_factor", "lr.schedule"),
         lambda c: c.lr.schedule == "constant" and c.lr.end_factor != 0,
         '`lr.end_factor` does nothing with `lr.schedule = "constant"`',
-        'set `lr.schedule = "cosine"` or `"linear"`, or leave out `lr.end_factor`',
+        'a constant one ends where it began: set `lr.schedule = "cosine"` or `"linear"`, or leave out `lr.end_factor`',
     ),
     # samples
     Rule(

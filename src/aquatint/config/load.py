@@ -43,7 +43,7 @@ class Draft:
     source: Source
 
     def place(self, key: str) -> str:
-        """Where a setting was written: `file, line N`, `command line`, or just the file."""
+        """Where a setting was written: `file, line N`, `the command line`, or just the file."""
         return self.source.place(path_of(key))
 
 

@@ -23,11 +23,13 @@ import numpy as np
 import torch
 
 from aquatint.data.crop import Crop, apply
-from aquatint.data.image import BadImage, Pixels, load_image
+from aquatint.data.image import BadImage, Pixels, digest_picture, load_image, quiet_decoders
 from aquatint.data.shards import ShardStore
 from aquatint.storage import storage_errors
 
 PICTURE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels than before
+FILE_CHANGED = "was changed while the pictures were being encoded"  # no fault of the content that was listed
+NOT_FINITE = "the autoencoder gives numbers that are not finite for it"  # which another autoencoder need not do
 _MAX_THREADS = 8
 _MAX_VIEWS = 8  # of one picture, held in memory at once
 
@@ -114,7 +116,7 @@ def build_latents(
         by_shape = groupby(_usable(prepared, rejected), key=lambda pair: pair[1].shape)
         batches = (batch for _, pairs in by_shape for batch in _batches(pairs, batch_size))
         failed = _encode_all(store, batches, encode, shard_entries, lambda done: on_progress(done + len(rejected), len(views)))
-    return rejected | {missing[key].picture_digest: "the autoencoder gives numbers that are not finite for it" for key in failed}
+    return rejected | {missing[key].picture_digest: NOT_FINITE for key in failed}
 
 
 def build_texts(
@@ -174,10 +176,10 @@ def _prepare(views: Sequence[LatentRequest], alpha_color: str, max_pixels: int) 
         picture = load_image(path, alpha_color, max_pixels)
     except BadImage as error:
         return error
-    with storage_errors("read", path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    with storage_errors("read", path):
+        digest = digest_picture(path)
     if digest != views[0].picture_digest:
-        return BadImage("was changed while it was being used; run the same command again to take the new one")
+        return BadImage(FILE_CHANGED)
     return [apply(picture, view.crop) for view in views]
 
 
@@ -200,7 +202,8 @@ def _ahead(
             yield first, future.result()
 
     try:
-        yield results()
+        with quiet_decoders():
+            yield results()
     finally:
         pool.shutdown(cancel_futures=True)
 

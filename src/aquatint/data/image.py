@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +85,14 @@ def quiet_decoders() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
+
+
+def digest_picture(path: Path) -> str:
+    """BLAKE2b-128 of the file's bytes, in hex. Raises BadImage for what is not a plain file: a pipe would block for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadImage("is not a plain file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def read_header(path: Path, max_pixels: int) -> Header:

@@ -5,7 +5,6 @@ Nothing is ever lost in silence: listed = used + rejected. Files are only read.
 
 from __future__ import annotations
 
-import hashlib
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aquatint.data.captions import MAX_CAPTION_BYTES, BadCaption, decode_caption
-from aquatint.data.image import BadImage, quiet_decoders, read_header
+from aquatint.data.image import BadImage, digest_picture, quiet_decoders, read_header
 from aquatint.data.sources.folder import Listing, list_folder
 from aquatint.errors import DataError, StorageError
 
@@ -182,7 +181,7 @@ def _examine(file: _File, max_pixels: int, quarantine: Mapping[str, str]) -> tup
     """The picture, or why it is none; and remarks about it."""
     digest = None
     try:
-        digest = _digest(file.path)
+        digest = digest_picture(file.path)
         if digest in quarantine:
             return Rejected(file.name, file.path, quarantine[digest], digest), ()
         header = read_header(file.path, max_pixels)
@@ -195,14 +194,6 @@ def _examine(file: _File, max_pixels: int, quarantine: Mapping[str, str]) -> tup
         return Rejected(file.name, file.path, error.message, digest), ()
     remarks = (*header.notices, *([remark] if remark else []))
     return Picture(file.path, file.name, digest, header.size_hw, caption, file.repeats), remarks
-
-
-def _digest(path: Path) -> str:
-    """BLAKE2b-128 of the bytes. Never opens what is not a plain file: a pipe would block for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise BadImage("is not a plain file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _unreadable(path: Path, error: OSError) -> str:

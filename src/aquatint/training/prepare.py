@@ -16,7 +16,7 @@ import numpy as np
 from aquatint.config.schema import Config
 from aquatint.data import buckets as bucket_planning
 from aquatint.data.batch import Item, View
-from aquatint.data.cache import LatentRequest, build_latents, build_texts, latent_key, text_key
+from aquatint.data.cache import FILE_CHANGED, NOT_FINITE, LatentRequest, build_latents, build_texts, latent_key, text_key
 from aquatint.data.captions import variants as caption_variants
 from aquatint.data.crop import Crop, views
 from aquatint.data.manifest import Manifest, Picture, Source, check_limits, scan, split
@@ -113,6 +113,9 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
     Raises DataError when too many pictures cannot be used, StorageError when the cache cannot be written.
     """
     latents, texts = ShardStore(config.cache.folder / "latents"), ShardStore(config.cache.folder / "texts")
+    for store in (latents, texts):
+        for shard, reason in store.discarded.items():
+            say(f"warning: the cache file {shard} was damaged and is made again ({reason})")
     quarantine = read_quarantine(config.cache.folder)
     digests = {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")}
     while True:
@@ -124,7 +127,8 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
         for digest, reason in failures.items():
             say(f"quarantined: {', '.join(p.name for p in manifest.pictures if p.digest == digest)} ({reason})")
         quarantine = {**quarantine, **failures}
-        write_json(config.cache.folder / "quarantine.json", quarantine)
+        lasting = {digest: reason for digest, reason in quarantine.items() if reason not in (FILE_CHANGED, NOT_FINITE)}
+        write_json(config.cache.folder / "quarantine.json", lasting)
     return Prepared(
         manifest, layout.bucket_rows, layout.train, layout.held_out, latents, texts, layout.text_keys, plan_digest(config, layout)
     )
@@ -138,12 +142,15 @@ def read_quarantine(folder: Path) -> dict[str, str]:
 
 def lay_out(config: Config, manifest: Manifest, encoder_digests: Mapping[str, str]) -> _Layout:
     """Decides bucket, crops and caption renderings of every picture. Nothing is read or written."""
-    train, held_out = split(manifest, share=config.validation.share, max_pictures=config.validation.max_pictures)
+    measures = config.validation.every is not None
+    share = config.validation.share if measures else 0.0
+    train, held_out = split(manifest, share=share, max_pictures=config.validation.max_pictures)
     if not train:
         raise DataError("there is no picture to train on", hint="add pictures to the folders in data.sources")
     plan, rows = plan_buckets(config, train)
     wanted = _Wanted(config, encoder_digests)
-    measured = held_out or tuple(sorted(train, key=lambda picture: picture.digest))[: config.validation.max_pictures]
+    by_content = sorted(train, key=lambda picture: picture.digest)
+    measured = held_out or tuple(by_content[: config.validation.max_pictures if measures else 0])
     once = tuple(replace(picture, repeats=1) for picture in measured)
     measured_plan = bucket_planning.BucketPlan(plan.shapes, bucket_planning.assign(sizes_of(once), plan.shapes, **bucket_cost(config)))
     prompts = {"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])}
@@ -154,9 +161,8 @@ def lay_out(config: Config, manifest: Manifest, encoder_digests: Mapping[str, st
 def plan_buckets(config: Config, pictures: Sequence[Picture]) -> tuple[bucket_planning.BucketPlan, tuple[bucket_planning.BucketRow, ...]]:
     """The buckets of the training pictures, each with at least one batch in it, and the report on them."""
     section = config.buckets
-    shapes = bucket_planning.candidates(
-        resolution=section.resolution, step=section.step, min_side=section.min_side, max_side=section.max_side, max_aspect=section.max_aspect
-    )  # fmt: skip
+    limits = {"min_side": section.min_side, "max_side": section.max_side, "max_aspect": section.max_aspect}
+    shapes = bucket_planning.candidates(resolution=section.resolution, step=section.step, **limits)
     sizes, repeats = sizes_of(pictures), np.array([picture.repeats for picture in pictures])
     plan = bucket_planning.plan(sizes, repeats, shapes, min_count=config.training.batch_size, **bucket_cost(config))
     return plan, bucket_planning.report(plan, sizes, repeats)

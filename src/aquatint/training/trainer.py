@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from aquatint.data.batch import Batch
-from aquatint.errors import NumericalError
+from aquatint.errors import AquatintError, NumericalError
 from aquatint.training.state import Every, TrainState
 from aquatint.training.step import Parts, StepReport, train_step
 
@@ -93,7 +93,12 @@ def train(run: Run, stop: StopRequest) -> TrainResult:
     with contextlib.closing(run.stream(state)) as batches:
         while state.step < run.total_steps and not stop.asked:
             started = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
+            try:
+                micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
+            except AquatintError:
+                if stop.asked:  # what stops a whole process group takes the loader's workers first
+                    break
+                raise
             waited = time.perf_counter() - started
             report = train_step(run.parts, micro_batches, state.step)
             seconds = time.perf_counter() - started
