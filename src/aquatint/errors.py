@@ -1,15 +1,15 @@
 """The exception tree, and how an error is shown.
 
-    AquatintError (exit 1)
-    ├── UsageError (2)        bad config, bad command line, a file that is not what it should be
-    │   ├── ConfigError       one or more problems of a config, reported together
-    │   └── ModelFileError    a base model that cannot be used
-    ├── DataError (3)         the pictures or captions are over a stated limit
-    ├── NumericalError (4)    non-finite losses or gradients that did not go away
-    ├── StorageError (5)      a write or read failed; what was saved before is untouched
-    ├── ResumeError (6)       a run that cannot be continued as asked
-    ├── LockedError (7)       another process owns the run folder
-    └── Interrupted (75)      stopped on request, saved, and ready to go on
+AquatintError (exit 1)
+├── UsageError (2)        bad config, bad command line, a file that is not what it should be
+│   ├── ConfigError       one or more problems of a config, reported together
+│   └── ModelFileError    a base model that cannot be used
+├── DataError (3)         the pictures or captions are over a stated limit
+├── NumericalError (4)    non-finite losses or gradients that did not go away
+├── StorageError (5)      a write or read failed; what was saved before is untouched
+├── ResumeError (6)       a run that cannot be continued as asked
+├── LockedError (7)       another process owns the run folder
+└── Interrupted (75)      stopped on request, saved, and ready to go on
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""A small model of SDXL's kinds of layers, and configs of it."""
+"""A small model of SDXL's kinds of layers, configs of it, and traces of round numbers."""
 
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
+from aquatint.planning.memory import GIB, Tracer
+from aquatint.planning.trace import PassCost, StepCost
+
+TERA = 10**12
 
 
 def small_spec() -> ModelSpec:
@@ -22,3 +26,21 @@ def small_spec() -> ModelSpec:
 
 def config(**sections) -> Config:
     return Config.model_validate({"model": {"base": "/none/base.safetensors"}, "data": {"sources": [{"folder": "/none"}]}, **sections})
+
+
+class StubTracer(Tracer):
+    """Numbers of a plausible size without a pass through the networks."""
+
+    def step(self, config, size_hw):
+        kept = (1 if config.training.gradient_checkpointing else 8) * GIB * config.training.batch_size
+        flops = 4 if config.training.gradient_checkpointing else 3
+        return StepCost(kept, kept + 5 * GIB, 7 * TERA * config.training.batch_size, flops * 7 * TERA * config.training.batch_size)
+
+    def denoise(self, config):
+        return PassCost(GIB, 7 * TERA)
+
+    def decode(self, config):
+        return PassCost(3 * GIB, 10 * TERA)
+
+    def encode(self, config, size_hw):
+        return PassCost(2 * GIB * config.cache.batch_size, 5 * TERA * config.cache.batch_size)

@@ -15,25 +15,10 @@ from aquatint.planning.memory import (
     state_parts,
     with_changes,
 )
-from aquatint.planning.trace import StepBytes
 
-from .small import config, small_spec
+from .small import StubTracer, config, small_spec
 
 PURE = {"precision": "bf16_pure"}
-
-
-class StubTracer(Tracer):
-    """Numbers of a plausible size without a pass through the networks."""
-
-    def step(self, config, size_hw):
-        kept = (1 if config.training.gradient_checkpointing else 8) * GIB * config.training.batch_size
-        return StepBytes(kept, kept + 5 * GIB)
-
-    def sample(self, config):
-        return 3 * GIB
-
-    def encode(self, config, size_hw):
-        return 2 * GIB * config.cache.batch_size
 
 
 def plan(**sections):

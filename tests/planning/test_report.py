@@ -35,7 +35,7 @@ def small_config(folder, **sections):
 
 
 @pytest.mark.usefixtures("_small")
-def test_the_plan_says_steps_memory_and_disk_without_any_weights(pictures):
+def test_the_plan_says_steps_memory_time_and_disk_without_any_weights(pictures):
     text = plan_text(small_config(pictures, validation={"share": 0.1}))
     assert text.startswith("Plan of `portrait`\n  /none/base.safetensors is not there: the sizes are those of SDXL 1.0\n")
     assert f"{pictures}: 20 pictures × 3 repeats = 60" in text
@@ -50,6 +50,10 @@ def test_the_plan_says_steps_memory_and_disk_without_any_weights(pictures):
         "moving average",
         "gradients and activations",
         "checkpoints",
+        "\n\nTime\n  counted in the network itself, for the largest bucket (256 × 256 pixels)",
+        "× 2 samples = ",
+        "× 270 steps = ",
+        "RTX 3090",
     ):
         assert part in text
     assert "a card with 8 GB should do" in text
@@ -58,7 +62,8 @@ def test_the_plan_says_steps_memory_and_disk_without_any_weights(pictures):
 
 
 def test_folders_without_pictures_can_be_planned(tmp_path):
-    assert report.steps_lines(small_config(tmp_path), [0])[-1] == "there is nothing to train on yet"
+    assert report.plan_of_steps(small_config(tmp_path), [0]) is None
+    assert report.steps_lines(small_config(tmp_path), [0], None)[-1] == "there is nothing to train on yet"
 
 
 def test_a_base_that_is_there_gives_the_sizes(tmp_path, monkeypatch):

@@ -24,8 +24,7 @@ from aquatint.utils.seeds import generator
 
 # Standard deviation of a matrix, times the root of its number of inputs, by the end of its name; 1 where none fits.
 _GAINS: dict[Component, dict[str, float]] = {
-    # what a block adds to its input starts small, so that the untrained network is close to a straight line
-    "unet": {"conv2.weight": 0.3, "to_out.0.weight": 0.3, "ff.net.2.weight": 0.3, "proj_out.weight": 0.3, "conv_out.weight": 0.3},
+    "unet": {"weight": 3**-0.5},  # the deviation that torch's own layers begin with; with 1 the low noise levels are not learned
     "vae": {"conv2.weight": 0.3, "to_out.0.weight": 0.3},
     # attention is averaged over the words before a position, so what it adds must be strong to be seen
     "text_encoder": {"out_proj.weight": 2.0, "fc2.weight": 0.5},

@@ -21,14 +21,18 @@ def export_bytes(config: Config, spec: ModelSpec) -> int:
     return spec.num_parameters("unet") * DTYPE_BYTES[config.export.dtype] + others * DTYPE_BYTES["float16"]
 
 
+def views_per_picture(config: Config) -> int:
+    """How many latents of a picture are cached: crops, and their mirror images."""
+    return (config.crop.variants if config.crop.mode == "random" else 1) * (2 if config.crop.flip_prob > 0 else 1)
+
+
 def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     """The cached views and captions of one picture in the largest bucket, captions of one chunk."""
     height, width = largest_bucket(config)
-    views = (config.crop.variants if config.crop.mode == "random" else 1) * (2 if config.crop.flip_prob > 0 else 1)
     sides = (height // PX_PER_LATENT, width // PX_PER_LATENT)
     latent: int = 2 * prod((spec.unet["in_channels"], *sides)) * DTYPE_BYTES[config.cache.latent_dtype]
     text: int = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
-    return views * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
+    return views_per_picture(config) * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
 
 
 def plan_disk(config: Config, spec: ModelSpec, num_pictures: int) -> tuple[Part, ...]:

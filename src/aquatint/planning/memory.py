@@ -16,7 +16,7 @@ from aquatint.data.buckets import candidates
 from aquatint.models.sdxl.model import ModelSpec
 
 if TYPE_CHECKING:
-    from aquatint.planning.trace import StepBytes
+    from aquatint.planning.trace import PassCost, StepCost
 
 T = TypeVar("T")
 GIB = 1 << 30
@@ -72,8 +72,8 @@ class Tracer:
         self.spec = spec
         self._known: dict[tuple[Any, ...], Any] = {}
 
-    def step(self, config: Config, size_hw: tuple[int, int]) -> StepBytes:
-        """The activations and gradients of a training step."""
+    def step(self, config: Config, size_hw: tuple[int, int]) -> StepCost:
+        """A training pass on one batch."""
         import torch
 
         from aquatint.planning.trace import trace_step
@@ -86,18 +86,24 @@ class Tracer:
         }  # fmt: skip
         return self._once(trace_step, settings)
 
-    def sample(self, config: Config) -> int:
-        """The larger of denoising a batch and decoding a picture."""
+    def denoise(self, config: Config) -> PassCost:
+        """One denoising pass on one sample picture, in float32: the bytes grow with the batch and with those of a number."""
         import torch
 
-        from aquatint.planning.trace import trace_decode, trace_unet
+        from aquatint.planning.trace import trace_unet
 
-        size_hw, dtype = (config.samples.height, config.samples.width), getattr(torch, weight_dtype(config))
-        batch_size = min(SAMPLE_BATCH, len(config.samples.prompts))
-        denoise = self._once(trace_unet, {"dtype": dtype, "batch_size": batch_size, "size_hw": size_hw})
-        return max(denoise, self._once(trace_decode, {"dtype": torch.float32, "size_hw": size_hw}))
+        size_hw = (config.samples.height, config.samples.width)
+        return self._once(trace_unet, {"dtype": torch.float32, "batch_size": 1, "size_hw": size_hw})
 
-    def encode(self, config: Config, size_hw: tuple[int, int]) -> int:
+    def decode(self, config: Config) -> PassCost:
+        """Decoding a sample picture."""
+        import torch
+
+        from aquatint.planning.trace import trace_decode
+
+        return self._once(trace_decode, {"dtype": torch.float32, "size_hw": (config.samples.height, config.samples.width)})
+
+    def encode(self, config: Config, size_hw: tuple[int, int]) -> PassCost:
         """Encoding a batch of pictures for the cache."""
         import torch
 
@@ -119,7 +125,7 @@ def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -
     tracer = tracer or Tracer(spec)
     size_hw = largest_bucket(config)
     phases = [_encoding_captions(spec), _encoding_pictures(config, spec, tracer, size_hw), _training(config, spec, tracer, size_hw)]
-    if config.samples.every is not None and config.samples.prompts:
+    if makes_samples(config):
         phases.append(_sampling(config, spec, tracer))
     return MemoryPlan(tuple(phases), size_hw)
 
@@ -131,6 +137,11 @@ def largest_bucket(config: Config) -> tuple[int, int]:
     shapes = candidates(resolution=section.resolution, step=section.step, max_aspect=section.max_aspect, **sides)
     height, width = max(shapes.tolist(), key=lambda shape: (shape[0] * shape[1], -abs(shape[0] - shape[1])))
     return height, width
+
+
+def makes_samples(config: Config) -> bool:
+    """Whether pictures are made during the run."""
+    return config.samples.every is not None and bool(config.samples.prompts)
 
 
 def weight_dtype(config: Config) -> str:
@@ -168,14 +179,16 @@ def _training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[in
 
 def _sampling(config: Config, spec: ModelSpec, tracer: Tracer) -> Phase:
     vae = Part("autoencoder", spec.num_parameters("vae") * FLOAT32_BYTES, "float32")
-    work = Part("work space", tracer.sample(config), f"{min(SAMPLE_BATCH, len(config.samples.prompts))} at once")
+    at_once = min(SAMPLE_BATCH, len(config.samples.prompts))
+    denoise = tracer.denoise(config).peak * at_once * DTYPE_BYTES[weight_dtype(config)] // FLOAT32_BYTES
+    work = Part("work space", max(denoise, tracer.decode(config).peak), f"{at_once} at once")
     return Phase("making sample pictures", (*_resident(config, spec), vae, work))
 
 
 def _encoding_pictures(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
     precision = config.cache.vae_precision
     vae = Part("autoencoder", spec.num_parameters("vae") * DTYPE_BYTES[precision], precision)
-    work = Part("work space", tracer.encode(config, size_hw), f"{config.cache.batch_size} at once")
+    work = Part("work space", tracer.encode(config, size_hw).peak, f"{config.cache.batch_size} at once")
     return Phase("encoding pictures", (vae, work))
 
 

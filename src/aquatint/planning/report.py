@@ -1,4 +1,4 @@
-"""The plan of a run as text: steps, memory and disk, before anything is loaded."""
+"""The plan of a run as text: steps, memory, time and disk, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from aquatint.data.sources.folder import list_folder
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning.disk import plan_disk
+from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.memory import MemoryPlan, Part, Saving, Tracer, gib, plan_memory, savings
-from aquatint.planning.schedule import count, expected_held_out, plan_steps
+from aquatint.planning.schedule import StepPlan, count, expected_held_out, plan_steps
 
 NAME_WIDTH, SIZE_WIDTH = 28, 11
 
@@ -19,12 +20,13 @@ def plan_text(config: Config) -> str:
     """Everything that can be known beforehand. Needs neither weights nor a GPU. Raises UsageError for an unusable base."""
     spec, remark = find_spec(config)
     pictures = [len(list_folder(source.folder, source.caption_extension).paths) for source in config.data.sources]
-    tracer = Tracer(spec)
-    plan = plan_memory(config, spec, tracer)
+    tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
+    memory = plan_memory(config, spec, tracer)
     blocks = [
         [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
-        ["Steps", *steps_lines(config, pictures)],
-        ["GPU memory", *memory_lines(plan, config.training.batch_size), *saving_lines(savings(config, spec, tracer))],
+        ["Steps", *steps_lines(config, pictures, steps)],
+        ["GPU memory", *memory_lines(memory, config.training.batch_size), *saving_lines(savings(config, spec, tracer))],
+        ["Time", *(forecast_lines(config, tracer, steps, sum(pictures)) if steps else ["unknown without pictures"])],
         ["Disk", *table(plan_disk(config, spec, sum(pictures)))],
     ]
     return "\n\n".join("\n".join([block[0], *(f"  {line}".rstrip() for line in block[1:])]) for block in blocks) + "\n"
@@ -37,20 +39,29 @@ def find_spec(config: Config) -> tuple[ModelSpec, str]:
     return sdxl_spec(), f"{config.model.base} is not there: the sizes are those of SDXL 1.0"
 
 
-def steps_lines(config: Config, pictures: Sequence[int]) -> list[str]:
-    """From pictures to steps. `pictures` are the files found in each source."""
-    lines, samples = [], 0
-    for source, found in zip(config.data.sources, pictures, strict=True):
-        samples += found * source.repeats
-        lines.append(f"{source.folder}: {count(found, 'picture')} × {count(source.repeats, 'repeat')} = {found * source.repeats:,}")
-    held_out = expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
-    if held_out:
-        lines.append(f"about {count(held_out, 'picture')} of these for validation only")
+def held_out_pictures(config: Config, pictures: Sequence[int]) -> int:
+    """About how many are not trained."""
+    return expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
+
+
+def plan_of_steps(config: Config, pictures: Sequence[int]) -> StepPlan | None:
+    """The steps of the run, or None if there is nothing to train on. `pictures` are the files found in each source."""
+    samples = sum(found * source.repeats for source, found in zip(config.data.sources, pictures, strict=True))
+    if held_out := held_out_pictures(config, pictures):
         samples = round(samples * (1 - held_out / sum(pictures)))
-    if samples == 0:
-        return [*lines, "there is nothing to train on yet"]
     training = config.training
-    return [*lines, *plan_steps(samples, training.batch_size, training.accumulation_steps, training.length).lines()]
+    return plan_steps(samples, training.batch_size, training.accumulation_steps, training.length) if samples else None
+
+
+def steps_lines(config: Config, pictures: Sequence[int], steps: StepPlan | None) -> list[str]:
+    """From pictures to steps."""
+    lines = [
+        f"{source.folder}: {count(found, 'picture')} × {count(source.repeats, 'repeat')} = {found * source.repeats:,}"
+        for source, found in zip(config.data.sources, pictures, strict=True)
+    ]
+    if held_out := held_out_pictures(config, pictures):
+        lines.append(f"about {count(held_out, 'picture')} of these for validation only")
+    return [*lines, *(steps.lines() if steps else ["there is nothing to train on yet"])]
 
 
 def memory_lines(plan: MemoryPlan, batch_size: int) -> list[str]:

@@ -1,16 +1,17 @@
-"""Bytes that live at the same time in a forward and backward pass, counted on tensors without memory.
+"""Bytes that live at the same time in a forward and backward pass, and its arithmetic, counted on tensors without memory.
 
-PyTorch's fake tensors know shape, dtype and storage and nothing else, so a pass of the full-size UNet takes a second or
-two and no memory. Every operation really runs through autograd, with the operators that a GPU would use (a fused
+PyTorch's fake tensors know shape, dtype and storage and nothing else, so a pass of the full-size UNet takes a few
+seconds and no memory. Every operation really runs through autograd, with the operators that a GPU would use (a fused
 attention that keeps no score matrix), so what is alive when is what would be alive on a GPU. Kernels' own workspaces and
-the allocator's leftovers are not seen.
+the allocator's leftovers are not seen. The same pass counts the floating-point operations, with the formulas of PyTorch's
+flop counter; the counter itself keeps tensors alive, so it cannot be on while bytes are counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +25,31 @@ PX_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
-class StepBytes:
-    """Of one training pass. `activations` is what the forward pass leaves for the backward pass, `peak` the most that
-    gradients and activations take together, weights not counted."""
+class StepCost:
+    """Of one training pass. `activations` are the bytes that the forward pass leaves for the backward pass, `peak` the most
+    that gradients and activations take together, weights not counted. `flops` are the floating-point operations, of them
+    `forward_flops` until the loss."""
 
     activations: int
     peak: int
+    forward_flops: int
+    flops: int
 
 
-class LiveBytes:
-    """The bytes of all storages that are alive, now and at most."""
+@dataclass(frozen=True)
+class PassCost:
+    """Of a pass without gradients: the most bytes that it needs beside the weights, and its floating-point operations."""
+
+    peak: int
+    flops: int
+
+
+class Tally:
+    """The bytes of all storages that are alive, now and at most, and the floating-point operations so far."""
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         """`known` are not counted, such as the weights."""
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -56,22 +68,50 @@ class LiveBytes:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts what every operation inside the block makes, also inside the backward pass."""
+        """Counts what every operation inside the block does and makes, also inside the backward pass."""
+        import torch
         from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
 
-        live = self
+        tally, formulas, which_device = self, flop_formulas(), torch.ops.prim.device.default
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func is which_device:  # two calls of three ask a fake tensor for its device: the short way
+                    return args[0].fake_device
                 result = func(*args, **(kwargs or {}))
-                for value in tree_leaves(result):
-                    if hasattr(value, "untyped_storage"):
-                        live.add(value)
+                for value in result if isinstance(result, tuple | list) else (result,):
+                    if isinstance(value, torch.Tensor):
+                        tally.add(value)
+                if formula := formulas.get(func.overloadpacket):
+                    tally.flops += formula(*args, **(kwargs or {}), out_val=result)
                 return result
 
         with Count():
             yield
+
+
+def flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    """Floating-point operations by operator: two for each multiply-add of matrix products, convolutions and attention.
+
+    The rest of a network waits for memory, not for arithmetic, and counts nothing. The backward pass of attention is
+    counted as twice the forward pass, as for every product; that a fused kernel computes the scores again is left out.
+    """
+    import torch
+    from torch.utils.flop_counter import flop_registry
+
+    def attention(query: torch.Tensor, key: Any, *_: Any, **__: Any) -> int:
+        tokens: int = key.shape[-2]
+        return 4 * query.numel() * tokens  # query × key, scores × value; heads and width are in numel
+
+    def attention_backward(_: Any, query: torch.Tensor, key: Any, *__: Any, **___: Any) -> int:
+        return 2 * attention(query, key)
+
+    aten = torch.ops.aten
+    return {
+        **flop_registry,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
 
 
 def trace_step(
@@ -84,58 +124,62 @@ def trace_step(
     size_hw: tuple[int, int],
     accumulating: bool = False,
     num_tokens: int = TOKENS,
-) -> StepBytes:
+) -> StepCost:
     """One training pass of the UNet on pictures of `size_hw` pixels.
 
     `accumulating`: the gradients of an earlier pass are there already.
     """
     import torch
 
+    unet: Any = build_unet(spec)  # outside of the mode, in which it takes seven times as long
     with _fake():
-        unet = with_fake_weights(build_unet(spec), dtype).train()
+        with_fake_weights(unet, dtype).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
         weights = list(unet.parameters())
-        live = LiveBytes(weights)
+        tally = Tally(weights)
         inputs = _unet_inputs(spec, batch_size, size_hw, num_tokens)
-        with live.counting(), _norms_in_float32(unet, autocast):
+        with tally.counting(), _norms_in_float32(unet, autocast):
             if accumulating:
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
-            gradients = live.now
+            gradients = tally.now
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = predict(unet, *inputs)
-            activations = live.now - gradients
+            activations, forward_flops = tally.now - gradients, tally.flops
             output.square().mean().backward()
-        return StepBytes(activations, live.peak)
+        return StepCost(activations, tally.peak, forward_flops, tally.flops)
 
 
-def trace_unet(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> int:
-    """The most bytes that a forward pass without gradients needs beside the weights."""
+def trace_unet(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> PassCost:
+    """One forward pass of the UNet."""
+    unet: Any = build_unet(spec)
     with _fake():
-        unet = with_fake_weights(build_unet(spec), dtype)
+        with_fake_weights(unet, dtype)
         inputs = _unet_inputs(spec, batch_size, size_hw, TOKENS)
-        return _peak(unet, lambda: predict(unet, *inputs))
+        return _without_gradients(unet, lambda: predict(unet, *inputs))
 
 
-def trace_encode(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> int:
-    """The most bytes that encoding a batch of pictures needs beside the autoencoder's weights."""
+def trace_encode(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> PassCost:
+    """Encoding a batch of pictures."""
     import torch
 
+    vae: Any = build_vae(spec)
     with _fake():
-        vae = with_fake_weights(build_vae(spec), dtype)
+        with_fake_weights(vae, dtype)
         pictures = torch.empty(batch_size, 3, *size_hw)
-        return _peak(vae, lambda: vae.encode(pictures.to(dtype)).latent_dist.parameters)
+        return _without_gradients(vae, lambda: vae.encode(pictures.to(dtype)).latent_dist.parameters)
 
 
-def trace_decode(spec: ModelSpec, *, dtype: torch.dtype, size_hw: tuple[int, int]) -> int:
-    """The most bytes that decoding one picture needs beside the autoencoder's weights."""
+def trace_decode(spec: ModelSpec, *, dtype: torch.dtype, size_hw: tuple[int, int]) -> PassCost:
+    """Decoding one picture."""
     import torch
 
+    vae: Any = build_vae(spec)
     with _fake():
-        vae = with_fake_weights(build_vae(spec), dtype)
+        with_fake_weights(vae, dtype)
         latents = torch.empty(1, spec.unet["in_channels"], size_hw[0] // PX_PER_LATENT, size_hw[1] // PX_PER_LATENT)
-        return _peak(vae, lambda: decode_latents(vae, latents))
+        return _without_gradients(vae, lambda: decode_latents(vae, latents))
 
 
 def with_fake_weights(module: Any, dtype: torch.dtype) -> Any:
@@ -154,13 +198,13 @@ def _fake() -> contextlib.AbstractContextManager[Any]:
     return FakeTensorMode()
 
 
-def _peak(module: Any, work: Callable[[], Any]) -> int:
+def _without_gradients(module: Any, work: Callable[[], Any]) -> PassCost:
     import torch
 
-    live = LiveBytes(module.parameters())
-    with torch.no_grad(), live.counting():
+    tally = Tally(module.parameters())
+    with torch.no_grad(), tally.counting():
         work()
-    return live.peak
+    return PassCost(tally.peak, tally.flops)
 
 
 def _unet_inputs(spec: ModelSpec, batch_size: int, size_hw: tuple[int, int], num_tokens: int) -> tuple[torch.Tensor, ...]:

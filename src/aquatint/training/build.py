@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -249,7 +249,7 @@ def look_tasks(
     if config.samples.every is not None and config.samples.prompts:
         entries = {prompt: data.texts.read(key) for prompt, key in data.text_keys.items()}
         embeds = {prompt: (entry["prompt_embeds"], entry["pooled"]) for prompt, entry in entries.items()}
-        request = sample_request(config, base, run.parts.device, embeds)
+        request = replace(sample_request(config, base, run.parts.device, embeds), autocast=run.parts.autocast)
         every = Every(config.samples.every, data.samples_per_epoch)
         tasks.append(Task(every, sample_action(run.parts, request, run.folder / "samples", tracker, run.display)))
     return tuple(tasks)

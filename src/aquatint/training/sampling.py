@@ -33,6 +33,7 @@ class SampleRequest:
     guidance_scale: float
     guidance_rescale: float
     seed: int
+    autocast: bool = False
     batch_size: int = 8
 
 
@@ -48,6 +49,7 @@ def make_samples(unet: Any, objective: Objective, request: SampleRequest) -> np.
                 stack([request.positives[i] for i in indices], request.device), negative,
                 seed=request.seed, positions=indices, height=request.height, width=request.width, num_steps=request.num_steps,
                 guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
+                autocast=request.autocast,
             )
         )  # fmt: skip
     order = [i for indices in same_length(request.positives, request.batch_size) for i in indices]

@@ -42,10 +42,12 @@ def generate(
     num_steps: int,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
+    autocast: bool = False,
 ) -> np.ndarray:
     """Pictures (B, H, W, 3) uint8, by Euler steps along trailing timesteps.
 
-    Without `negative` the unconditional input is zeros. The noise of a picture depends on `seed` and its position alone.
+    Without `negative` the unconditional input is zeros. With `autocast` the UNet works in bf16, and the decoder as it is.
+    The noise of a picture depends on `seed` and its position alone.
     Weights, training mode and random state of the modules stay as they are.
     """
     device = next(unet.parameters()).device
@@ -56,10 +58,11 @@ def generate(
 
     def denoise(noisy: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         timesteps = torch.full((len(positions),), timestep, device=device)
-        output = predict(unet, noisy, timesteps, embeds, pooled, time_ids)
-        if guidance_scale != 1:  # a pass of its own: the two texts need not have the same number of chunks
-            other = predict(unet, noisy, timesteps, other_embeds, other_pooled, time_ids)
-            output = guide(output, other, guidance_scale, guidance_rescale)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = predict(unet, noisy, timesteps, embeds, pooled, time_ids)
+            if guidance_scale != 1:  # a pass of its own: the two texts need not have the same number of chunks
+                other = predict(unet, noisy, timesteps, other_embeds, other_pooled, time_ids)
+                output = guide(output, other, guidance_scale, guidance_rescale)
         alpha, sigma = schedule.at(timesteps)
         return to_x0(prediction, output, noisy, alpha, sigma), to_epsilon(prediction, output, noisy, alpha, sigma)
 
