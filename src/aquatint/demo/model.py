@@ -6,7 +6,7 @@ word to word, which is all that a UNet needs to learn what the words mean in a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,21 +16,30 @@ from torch import Tensor
 
 from aquatint.diffusion.parameterization import Prediction
 from aquatint.models.sdxl.export import Tensors, write_single_file
-from aquatint.models.sdxl.load import LOGIT_SCALE
+from aquatint.models.sdxl.load import LOGIT_SCALE, open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape
 from aquatint.tensor_file import LazyTensor
 from aquatint.utils.seeds import generator
 
+FINAL_BIAS = "text_model.final_layer_norm.bias"
+LOUDNESS = 4.0  # of the text embeddings: an untrained UNet hears them over the noise within hundreds of steps, not thousands
+_TEXT_GAINS = {
+    "q_proj.weight": 0.3, "k_proj.weight": 0.3,  # even attention: every word counts about the same in the pooled embedding
+    "out_proj.weight": 2.0 * LOUDNESS,  # what is averaged over the words must be strong to be seen
+    "fc2.weight": 0.5 * LOUDNESS,
+}  # fmt: skip
 # Standard deviation of a matrix, times the root of its number of inputs, by the end of its name; 1 where none fits.
 _GAINS: dict[Component, dict[str, float]] = {
-    "unet": {"weight": 3**-0.5},  # the deviation that torch's own layers begin with; with 1 the low noise levels are not learned
+    # 3**-0.5 is what torch's own layers begin with. The noise comes in softly and what is asked for loudly: otherwise colours
+    # are learned, but not places, in which a word must meet the little that a convolution knows of where it is.
+    "unet": {"conv_in.weight": 0.3 * 3**-0.5, "time_emb_proj.weight": 4 * 3**-0.5, "weight": 3**-0.5},
     "vae": {"conv2.weight": 0.3, "to_out.0.weight": 0.3},
-    # attention is averaged over the words before a position, so what it adds must be strong to be seen
-    "text_encoder": {"out_proj.weight": 2.0, "fc2.weight": 0.5},
-    "text_encoder_2": {"out_proj.weight": 2.0, "fc2.weight": 0.5},
+    "text_encoder": _TEXT_GAINS,
+    "text_encoder_2": {**_TEXT_GAINS, "text_projection.weight": LOUDNESS},
 }
-_EMBEDDING_DEVIATIONS = {"token_embedding.weight": 1.0, "position_embedding.weight": 0.3}
+_BIAS_DEVIATIONS = {"conv_in.bias": 1.0, "conv1.bias": 0.3, "conv2.bias": 0.3}  # of the UNet; what is not named starts at 0
+_EMBEDDING_DEVIATIONS = {"token_embedding.weight": 1.0 * LOUDNESS, "position_embedding.weight": 0.3 * LOUDNESS}
 
 
 def tiny_spec() -> ModelSpec:
@@ -63,17 +72,35 @@ def write_tiny_base(
     vae_tensors: Mapping[str, Tensor] | None = None,
     prediction: Prediction = "epsilon",
     zero_terminal_snr: bool = False,
+    captions: Sequence[str] = (),
 ) -> None:
     """Writes a base model with random weights (float32), the same for the same seed.
 
-    `vae_tensors` (internal names) take the place of the random autoencoder, in their own dtype.
+    `vae_tensors` (internal names) take the place of the random autoencoder, in their own dtype. With `captions`, the mean
+    of their pooled embeddings is 0: what all of them have in common is far larger than what tells them apart, and an
+    untrained UNet then learns nothing from it for thousands of steps.
     """
     spec = spec or tiny_spec()
     components: dict[Component, Tensors] = {component: random_tensors(component, spec, seed) for component in COMPONENTS}
     if vae_tensors is not None:
         components["vae"] = vae_tensors
     metadata = {"modelspec.title": "aquatint demo", "modelspec.resolution": "128x128"}
-    write_single_file(path, spec, components, prediction=prediction, zero_terminal_snr=zero_terminal_snr, metadata=metadata)
+    settings = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr, "metadata": metadata}
+    write_single_file(path, spec, components, **settings)
+    if captions:
+        bias = {FINAL_BIAS: -mean_final_state(path, captions)}
+        components["text_encoder_2"] = {**components["text_encoder_2"], **bias}
+        write_single_file(path, spec, components, **settings)
+
+
+def mean_final_state(path: Path, captions: Sequence[str]) -> Tensor:
+    """The mean over captions of what bigG's text projection is given, (width,) float32."""
+    encoder = open_base(path).caption_encoder("cpu")
+    states: list[Tensor] = []
+    hook = encoder.bigg.text_projection.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    encoder.encode(captions)
+    hook.remove()
+    return torch.cat(states).mean(dim=0)
 
 
 def random_tensors(component: Component, spec: ModelSpec, seed: int) -> dict[str, LazyTensor]:
@@ -93,10 +120,17 @@ def random_tensors(component: Component, spec: ModelSpec, seed: int) -> dict[str
 
 
 def _draw(component: Component, name: str, shape: Shape, seed: int, position: int) -> Tensor:
-    """Norms start as the identity, biases at 0, the rest normal with a deviation that keeps the scale of what goes through."""
+    """Norms start as the identity, most biases at 0, the rest normal with a deviation that keeps the scale of what goes through."""
+    if len(shape) == 1 and name.endswith(".weight"):
+        return torch.ones(shape)
     if len(shape) == 1:
-        return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+        deviation = next((value for end, value in _BIAS_DEVIATIONS.items() if component == "unet" and name.endswith(end)), 0.0)
+        return _normal(component, shape, seed, position) * deviation
     gain = next((gain for end, gain in _GAINS[component].items() if name.endswith(end)), 1.0)
     deviation = next((value for end, value in _EMBEDDING_DEVIATIONS.items() if name.endswith(end)), gain / prod(shape[1:]) ** 0.5)
+    return _normal(component, shape, seed, position) * deviation
+
+
+def _normal(component: Component, shape: Shape, seed: int, position: int) -> Tensor:
     values = generator(seed, f"tiny-base/{component}", position).standard_normal(prod(shape), dtype="float32")
-    return torch.from_numpy(values).reshape(shape) * deviation
+    return torch.from_numpy(values).reshape(shape)

@@ -11,7 +11,7 @@ import numpy as np
 from aquatint.config.load import load_config
 from aquatint.data.image import contact_sheet, save_png
 from aquatint.demo.model import write_tiny_base
-from aquatint.demo.pictures import COLORS, GROUNDS, PLACES, SHAPES, Scene, write_pictures
+from aquatint.demo.pictures import COLORS, GROUNDS, PLACES, SHAPES, Scene, scenes, write_pictures
 from aquatint.demo.score import Seen, look
 from aquatint.storage import write_text
 from aquatint.tensor_file import TensorFile
@@ -19,7 +19,7 @@ from aquatint.tracking.files import read_rows
 from aquatint.training.build import sample_pictures, train_run
 from aquatint.utils.progress import say
 
-NUM_PICTURES = 640
+NUM_PICTURES = 576  # every scene six times
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DemoResult:
 def prompts() -> tuple[Scene, ...]:
     """Sixteen scenes that show every colour, shape, place and ground."""
     colors, shapes, places, grounds = list(COLORS), list(SHAPES), list(PLACES), list(GROUNDS)
-    return tuple(Scene(colors[i % 6], shapes[(i + i // 6) % 3], places[i % 5], grounds[(i + i // 3) % 3]) for i in range(16))
+    return tuple(Scene(colors[i % 4], shapes[i % 3], places[(i + i // 4) % 4], grounds[(i // 4 + i // 2) % 2]) for i in range(16))
 
 
 def write_inputs(folder: Path, template: str) -> Path:
@@ -46,7 +46,10 @@ def write_inputs(folder: Path, template: str) -> Path:
     write_pictures(folder / "pictures", count=NUM_PICTURES, seed=0)
     with as_file(files("aquatint.demo") / "assets" / "autoencoder.safetensors") as path, TensorFile(path) as file:
         vae = {name: file.read(name).float() for name in file.tensors}
-    write_tiny_base(folder / "base.safetensors", seed=0, vae_tensors=vae, prediction="v_prediction", zero_terminal_snr=True)
+    captions = [scene.caption for scene in scenes()]
+    write_tiny_base(
+        folder / "base.safetensors", seed=2, vae_tensors=vae, prediction="v_prediction", zero_terminal_snr=True, captions=captions
+    )
     lines = "\n".join(f'    "{scene.caption}",' for scene in prompts())
     write_text(folder / "run.toml", template.replace("PROMPTS", lines))
     return folder / "run.toml"
@@ -61,14 +64,14 @@ def run_demo(folder: Path) -> DemoResult:
     exported = result.exported[0]
     section = config.model.model_copy(update={"base": exported, "prediction": "auto", "zero_terminal_snr": "auto"})
     pictures = sample_pictures(config.model_copy(update={"model": section}))
-    scenes = prompts()
+    asked = prompts()
     seen = [look(picture) for picture in pictures]
-    labels = [f"{scene.caption} [{verdict(scene, one)}]" for scene, one in zip(scenes, seen, strict=True)]
+    labels = [f"{scene.caption} [{verdict(scene, one)}]" for scene, one in zip(asked, seen, strict=True)]
     save_png(folder / "samples.png", contact_sheet(list(pictures), labels, columns=4))
     losses = [row["val_loss"] for row in read_rows(result.folder / "metrics.jsonl") if "val_loss" in row]
-    obeyed = [one.obeys(scene) for scene, one in zip(scenes, seen, strict=True)]
-    shapes = [one.shape == scene.shape for scene, one in zip(scenes, seen, strict=True)]
-    return DemoResult(folder, losses[0], losses[-1], int(np.sum(obeyed)), int(np.sum(shapes)), len(scenes), exported)
+    obeyed = [one.obeys(scene) for scene, one in zip(asked, seen, strict=True)]
+    shapes = [one.shape == scene.shape for scene, one in zip(asked, seen, strict=True)]
+    return DemoResult(folder, losses[0], losses[-1], int(np.sum(obeyed)), int(np.sum(shapes)), len(asked), exported)
 
 
 def verdict(scene: Scene, seen: Seen) -> str:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from aquatint.demo.model import random_tensors, tiny_spec, write_tiny_base
+from aquatint.demo.model import LOUDNESS, random_tensors, tiny_spec, write_tiny_base
 from aquatint.demo.pictures import scenes
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import sdxl_spec
@@ -50,10 +50,17 @@ def test_one_changed_word_shows_in_both_embeddings(encoder):
         assert relative_distance(encoded[one][1], encoded[other][1]) > 0.05
 
 
-def test_embeddings_have_unit_scale(encoder):
+def test_embeddings_are_as_loud_as_meant(encoder):
     hidden, pooled = zip(*encoder.encode([scene.caption for scene in scenes()[::9]]), strict=True)
     for tensor in (torch.stack(hidden)[..., :32], torch.stack(hidden)[..., 32:], torch.stack(pooled)):
-        assert 0.5 < tensor.square().mean().sqrt() < 2
+        assert 0.5 < tensor.square().mean().sqrt() / LOUDNESS < 2
+
+
+def test_with_captions_only_what_tells_them_apart_is_left_in_the_pooled_embedding(tmp_path):
+    captions = [scene.caption for scene in scenes()[::9]]
+    write_tiny_base(tmp_path / "base", seed=0, captions=captions)
+    pooled = torch.stack([pooled for _, pooled in open_base(tmp_path / "base").caption_encoder("cpu").encode(captions)])
+    assert pooled.mean(dim=0).norm() < 1e-4 * pooled.norm(dim=1).mean()
 
 
 def test_the_untrained_unet_neither_dies_nor_explodes(tiny_base):
