@@ -380,9 +380,12 @@ HOLD = """
 import os, pathlib, sys, time
 from aquatint.storage import folder_lock
 with folder_lock(pathlib.Path(sys.argv[1])):
+    started, ready = os.pipe()
     if os.fork() == 0:  # a worker that outlives its parent for a moment
+        os.write(ready, b"!")
         time.sleep(1)
         os._exit(0)
+    os.read(started, 1)
     print("held", flush=True)
     sys.stdin.read()
 """
