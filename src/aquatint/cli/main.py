@@ -48,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = app([argument for argument in arguments if argument != "--debug"], prog_name="aquatint", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
+        print("stopped at once; what was saved or encoded before stays", file=sys.stderr, flush=True)
         return FORCED
     except Exception as error:
         sys.stdout.flush()
