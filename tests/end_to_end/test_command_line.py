@@ -197,3 +197,13 @@ def test_the_config_of_a_run_can_be_loaded_again(tmp_path: Path, tiny_base: Path
     assert run(["train", str(config)]) == 0
     again = Config.model_validate(json.loads((tmp_path / "runs" / "test" / "config.json").read_text()))
     assert again == Config.model_validate(json.loads(config.read_text()))
+
+
+def test_the_last_step_is_measured_once_however_often_the_run_is_asked_for(tmp_path: Path, tiny_base: Path):
+    """With an epoch of 10 pictures and 2 a step: due inside the loop at step 5, and at the end without being due at step 6."""
+    for length, times in (("5 steps", 2), ("6 steps", 2)):
+        config = write_config(tmp_path, tiny_base, training={"length": length}, validation={"every": "1 epoch"})
+        for _ in range(times):
+            assert run(["train", str(config)]) == 0
+    measured = [row["step"] for row in rows(tmp_path / "runs" / "test") if "val_loss" in row]
+    assert measured == [0, 5, 6]

@@ -60,13 +60,14 @@ def train_run(config: Config, *, accept_changes: bool = False) -> TrainResult:
         built = build_run(config, folder, stack, accept_changes=accept_changes)
         stop = stack.enter_context(graceful_stop())
         result = train(built.run, stop)
+        if not result.stopped:
+            built.look_at_the_end(result.state)
         built.saver.save(result.state)
         if result.stopped:
             raise Interrupted(
                 f"stopped at step {result.state.step} of {built.run.total_steps}; everything is saved in {folder}",
                 hint="run the same command again to go on exactly there",
             )
-        built.finish(result.state)
     weights = built.trained.ema.average if built.trained.ema is not None else dict(built.trained.model.named_parameters())
     target = folder / "export" / config.run.name
     objective = built.run.parts.objective
@@ -111,12 +112,16 @@ class Built:
     saver: Saver
     trained: Trained
     base: BaseModel
-    last_look: tuple[Task, ...]
+    looks: tuple[Task, ...]
+    samples_per_step: int
 
-    def finish(self, state: TrainState) -> None:
-        """The validation and sample pictures of the end."""
-        for task in self.last_look:
-            if not task.every.due(TrainState(state.step - 1, state.samples_seen - 1), state):
+    def look_at_the_end(self, state: TrainState) -> None:
+        """Validation and sample pictures of the last step, unless the loop did them, or an earlier process of a finished run."""
+        if state.step == self.run.state.step:
+            return
+        before = TrainState(state.step - 1, state.samples_seen - self.samples_per_step)
+        for task in self.looks:
+            if not task.every.due(before, state):
                 task.run(state, None)  # type: ignore[arg-type]
 
 
@@ -162,7 +167,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     if state.step == 0:
         for task in looks:
             task.run(state, None)  # type: ignore[arg-type]
-    return Built(run, saver, trained, base, looks)
+    return Built(run, saver, trained, base, looks, samples_per_step(config))
 
 
 def build_parts(config: Config, base: BaseModel, objective: Objective, data: Prepared) -> tuple[Parts, Trained, int]:
