@@ -8,7 +8,7 @@ TAGS = {"style": "tags", "shuffle": True, "variants": 8}
 
 
 def config_of(sections):
-    values = {"model": {"base": "/b"}, "data": {"sources": [{"folder": "/p"}]}}
+    values = {"model": {"base": "/b"}, "data": {"sources": [{"path": "/p"}]}}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return Config.model_validate(values)
@@ -30,8 +30,26 @@ CONTRADICTIONS = {
     "tags kept in prose": {"captions": {"style": "prose", "keep_first": 3}},
     "several renderings of prose": {"captions": {"style": "prose", "variants": 4}},
     "several renderings of tags that never change": {"captions": {"style": "tags", "variants": 4}},
-    "shuffled only once": {"captions": {"style": "tags", "shuffle": True, "variants": 1}},
-    "dropped only once": {"captions": {"style": "tags", "tag_drop_prob": 0.2, "variants": 1}},
+    "shuffled only once": {"captions": {"style": "tags", "shuffle": True, "text": "cached"}},
+    "dropped only once": {"captions": {"style": "tags", "tag_drop_prob": 0.2, "text": "cached"}},
+    "a keep mark for prose": {"captions": {"style": "prose", "keep_separator": "|||"}},
+    "categories for prose": {"captions": {"style": "prose", "categories": [{"tags": ["artist:*"], "drop_prob": 0.5}]}},
+    "tag weights for prose": {"captions": {"style": "prose", "tag_weights": {"enabled": True}}},
+    "weighted drops without drops": {"captions": {"style": "tags", "tag_drop": "weighted"}},
+    "two ways to keep tags": {"captions": {"style": "tags", "keep_separator": "|||", "keep_first": 3}},
+    "renderings kept of captions rendered anew": {"captions": {**TAGS, "text": "online"}},
+    "bucket prices for a named set": {"buckets": {"set": "kohya", "area_weight": 0.3}},
+    "enlargement prices for a named set": {"buckets": {"set": "novelai", "upscale_weight": 0.3}},
+    "a widest shape for a named set": {"buckets": {"set": "kohya", "max_aspect": 2.0}},
+    "the table of shapes at another resolution": {"buckets": {"set": "sdxl_table", "resolution": 768}},
+    "a tier that is not smaller": {"buckets": {"tiers": [1024]}},
+    "workers that nobody asks": {"cache": {"workers": 2}},
+    "nothing to train": {"data": {"sources": [{"path": "/p", "role": "validation"}]}},
+    "share and repeats": {"data": {"sources": [{"path": "/p", "share": 0.5, "repeats": 2}, {"path": "/q"}]}},
+    "shares for all": {"data": {"sources": [{"path": "/p", "share": 0.5}, {"path": "/q", "share": 0.4}]}},
+    "repeats for validation": {"data": {"sources": [{"path": "/p"}, {"path": "/q", "role": "validation", "repeats": 2}]}},
+    "a floor without masks": {"data": {"mask_floor": 0.1}},
+    "held out twice": {"data": {"sources": [{"path": "/p"}, {"path": "/q", "role": "validation"}]}, "validation": {"share": 0.1}},
     "every tag dropped": {"captions": {**TAGS, "tag_drop_prob": 1.0, "keep_first": 0}},
     "gamma without a weighting": {"diffusion": {"weighting": "none", "gamma": 3.0}},
     "a floor without min_snr": {"diffusion": {"weighting": "clamped_v", "weight_floor": 0.1}},
@@ -49,7 +67,7 @@ CONTRADICTIONS = {
     "an end for a constant learning rate": {"lr": {"schedule": "constant", "end_factor": 0.1}},
     "rescaled guidance without guidance": {"samples": {"guidance_scale": 1.0, "guidance_rescale": 0.7}},
     "a negative prompt without guidance": {"samples": {"guidance_scale": 1.0, "negative_prompt": "blurry"}},
-    "the same folder twice": {"data": {"sources": [{"folder": "/p"}, {"folder": "/q"}, {"folder": "/p"}]}},
+    "the same folder twice": {"data": {"sources": [{"path": "/p"}, {"path": "/q"}, {"path": "/p"}]}},
     "runs among the pictures": {"run": {"folder": "/p/runs"}},
 }  # fmt: skip
 
@@ -68,16 +86,19 @@ FINE = {
     "a warm-up in another unit, when the pictures are not counted": {"lr": {"warmup": "100 steps"}, "training": {"length": "1 epoch"}},
     "checkpoints and samples by the clock": {"checkpoints": {"every": "30 min"}, "samples": {"every": "30 min"}},
     "nothing measured": {"validation": {"every": "never"}, "samples": {"every": "never"}},
-    "one folder with two caption files": {"data": {"sources": [{"folder": "/p"}, {"folder": "/p", "caption_extension": ".tags"}]}},
+    "one folder with two caption files": {"data": {"sources": [{"path": "/p"}, {"path": "/p", "caption_extensions": [".tags"]}]}},
+    "renderings that are encoded as they come": {"captions": {"style": "tags", "shuffle": True}},
+    "several captions of a table": {"captions": {"variants": 4}, "data": {"sources": [{"path": "/p/a.jsonl"}]}},
+    "pictures that take turns": {"data": {"sources": [{"path": "/p", "share": 0.3}, {"path": "/q", "repeats": 0.5}]}},
     "an empty negative prompt without guidance": {"samples": {"guidance_scale": 1.0, "negative_prompt": ""}},
-    "pictures beside the runs": {"run": {"folder": "/runs"}, "data": {"sources": [{"folder": "/runs-pictures"}]}},
+    "pictures beside the runs": {"run": {"folder": "/runs"}, "data": {"sources": [{"path": "/runs-pictures"}]}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_contradiction_is_found_once_with_its_reason_and_another_way(name):
     (finding,) = find(RULES, config_of(CONTRADICTIONS[name]))
-    assert finding.message.startswith(("`", "there is no", "the same", "the optimizer"))
+    assert finding.message.startswith(("`", "there is no", "the same", "the optimizer", "every source", "a source", "the shares"))
     assert ": " in finding.hint, "reason, then what to write"
     assert "{" not in finding.message + finding.hint
 

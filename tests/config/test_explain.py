@@ -30,7 +30,7 @@ def test_what_depends_on_the_optimizer_is_said():
 
 def test_required_settings_have_no_default():
     assert "it must be set" in explanation("model.base")
-    assert "it must be set" in explanation("data.sources.2.folder")
+    assert "it must be set" in explanation("data.sources.2.path")
 
 
 def test_no_key_gives_an_overview_of_everything():
@@ -47,7 +47,7 @@ def test_defaults_with_the_required_settings_are_a_config():
     values = json.loads(defaults_json())
     assert "base" not in values["model"]
     assert "sources" not in values["data"]
-    values["model"]["base"], values["data"]["sources"] = "b", [{"folder": "p"}]
-    minimal = {"model": {"base": "b"}, "data": {"sources": [{"folder": "p"}]}}
+    values["model"]["base"], values["data"]["sources"] = "b", [{"path": "p"}]
+    minimal = {"model": {"base": "b"}, "data": {"sources": [{"path": "p"}]}}
     assert Config.model_validate(values) == Config.model_validate(minimal)
     assert set(dump(Config.model_validate(minimal))) == {key for key in table().sections if "." not in key}

@@ -11,7 +11,7 @@ from aquatint.config.load import collect_problems, load_config, read_draft
 from aquatint.config.schema import Config, dump
 from aquatint.errors import ConfigError
 
-MINIMAL = '[model]\nbase = "base.safetensors"\n[[data.sources]]\nfolder = "pictures"\n'
+MINIMAL = '[model]\nbase = "base.safetensors"\n[[data.sources]]\npath = "pictures"\n'
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_paths_in_the_file_start_at_the_file(config_file, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path.parent)
     config = load_config(Path(tmp_path.name) / path.name)
     assert config.model.base == tmp_path / "base.safetensors"
-    assert config.data.sources[0].folder == tmp_path / "pictures"
+    assert config.data.sources[0].path == str(tmp_path / "pictures")
     assert config.run.folder == tmp_path / "runs"
     assert config.cache.folder == tmp_path.parent / "shared" / "cache"
 
@@ -63,11 +63,11 @@ def test_a_dumped_config_loads_as_the_same(config_file):
 def test_toml_json_and_yaml_give_the_same_config(config_file):
     values = {
         "model": {"base": "b"},
-        "data": {"sources": [{"folder": "p", "repeats": 2}]},
+        "data": {"sources": [{"path": "p", "repeats": 2}]},
         "samples": {"prompts": ["a: b", "no"], "every": "never"},
     }
-    toml = 'model.base = "b"\n[[data.sources]]\nfolder = "p"\nrepeats = 2\n[samples]\nprompts = ["a: b", "no"]\nevery = "never"\n'
-    yaml = 'model: {base: b}\ndata:\n  sources:\n    - folder: p\n      repeats: 2\nsamples:\n  prompts: ["a: b", no]\n  every: never\n'
+    toml = 'model.base = "b"\n[[data.sources]]\npath = "p"\nrepeats = 2\n[samples]\nprompts = ["a: b", "no"]\nevery = "never"\n'
+    yaml = 'model: {base: b}\ndata:\n  sources:\n    - path: p\n      repeats: 2\nsamples:\n  prompts: ["a: b", no]\n  every: never\n'
     configs = [load_config(config_file(text, name)) for text, name in ((toml, "a.toml"), (json.dumps(values), "a.json"), (yaml, "a.yaml"))]
     assert configs[0] == configs[1] == configs[2]
     assert configs[0].samples.every is None
@@ -125,7 +125,7 @@ def test_required_settings_that_are_missing_are_named_with_an_example(config_fil
     assert [problem.message for problem in problems] == ["missing setting `data.sources`", "missing setting `model.base`"]
     assert "`[[data.sources]]`" in problems[0].hint
     assert "under `[model]`" in problems[1].hint
-    assert only(config_file, MINIMAL + "[[data.sources]]\nrepeats = 2\n")[0] == "missing setting `data.sources.1.folder`"
+    assert only(config_file, MINIMAL + "[[data.sources]]\nrepeats = 2\n")[0] == "missing setting `data.sources.1.path`"
 
 
 @pytest.mark.parametrize("text", ['[data.sources]\nfolder = "x"\n', '[data]\nsources = ["x"]\n', "[data]\nsources = []\n"])
@@ -136,7 +136,7 @@ def test_sources_in_another_form_are_told_how_to_be_written(config_file, text):
 
 
 def test_a_misspelt_required_key_is_not_missing_too(config_file):
-    message, hint, line = only(config_file, '[model]\nbsae = "b"\n[[data.sources]]\nfolder = "p"\n')
+    message, hint, line = only(config_file, '[model]\nbsae = "b"\n[[data.sources]]\npath = "p"\n')
     assert (message, line) == ("unknown setting `model.bsae`", 2)
     assert "`model.base`" in hint
 
@@ -209,8 +209,8 @@ def test_paths_on_the_command_line_start_where_the_user_is(config_file, tmp_path
     here.mkdir()
     path = config_file(MINIMAL)
     monkeypatch.chdir(here)
-    config = load_config(path, ["data.sources.0.folder=../pics", "data.sources.1.folder=more"])
-    assert [source.folder for source in config.data.sources] == [tmp_path / "pics", here / "more"]
+    config = load_config(path, ["data.sources.0.path=../pics", "data.sources.1.path=more"])
+    assert [source.path for source in config.data.sources] == [str(tmp_path / "pics"), str(here / "more")]
 
 
 def test_entries_of_lists_can_be_set_and_added(config_file):
@@ -252,7 +252,7 @@ def test_places_tell_file_and_command_line_apart(config_file):
     assert draft.config.ema.decay == 0.7
 
 
-JUNK = (None, True, 0, -1, 3.5, "", "x", "500 steps", [], ["a"], {}, {"a": 1}, [{}], [[]], 10**30, [{"folder": 5}], {"name": []})
+JUNK = (None, True, 0, -1, 3.5, "", "x", "500 steps", [], ["a"], {}, {"a": 1}, [{}], [[]], 10**30, [{"path": 5}], {"name": []})
 
 
 def spoil(values, rng):
@@ -276,7 +276,7 @@ def test_no_config_however_wrong_ends_in_a_traceback(config_file):
     rng = random.Random(0)
     for _ in range(150):
         values = json.loads(defaults_json())
-        values["model"]["base"], values["data"]["sources"] = "b", [{"folder": "p"}]
+        values["model"]["base"], values["data"]["sources"] = "b", [{"path": "p"}]
         for _ in range(rng.randrange(1, 6)):
             spoil(values, rng)
         override = rng.choice(all_keys()).replace("*", str(rng.randrange(3))) + rng.choice(

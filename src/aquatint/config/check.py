@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aquatint.config.duration import Duration
-from aquatint.config.schema import BucketsSection, Config
+from aquatint.config.schema import BucketsSection, CaptionsSection, Config, SourceSection
 
 MIN_BUCKET_AREA = 0.85  # of `resolution` squared; buckets below are not made
+TABLE_ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".json")
 NOTABLE_LEARNING_RATE = 1e-4  # full fine-tuning of SDXL is done at 4e-7 … 1e-5, with thousands of pictures per step up to 1e-4
 
 
@@ -42,6 +43,14 @@ def _duration(config: Config, key: str) -> Duration:
 
 def _is_time(key: str) -> Callable[[Config], bool]:
     return lambda config: _duration(config, key).unit == "seconds"
+
+
+def _is_set_beside_named_buckets(name: str) -> Callable[[Config], bool]:
+    return lambda config: config.buckets.set != "aquatint" and getattr(config.buckets, name) != getattr(BucketsSection(), name)
+
+
+def _is_set_beside_prose(name: str) -> Callable[[Config], bool]:
+    return lambda config: config.captions.style == "prose" and getattr(config.captions, name) != getattr(CaptionsSection(), name)
 
 
 def _is_zero(key: str) -> Callable[[Config], bool]:
@@ -98,11 +107,32 @@ RULES = (
         "`data.max_pixels = {c.data.max_pixels}` refuses every picture large enough for `buckets.resolution = {c.buckets.resolution}`",
         "leave it out: it is there to keep giant pictures from filling the memory",
     ),
+    *(
+        Rule(
+            (f"buckets.{name}", "buckets.set"),
+            _is_set_beside_named_buckets(name),
+            f'`buckets.{name}` does nothing with `buckets.set = "{{c.buckets.set}}"`',
+            f"that set has shapes and a rule of its own: leave out `buckets.set`, or `buckets.{name}`",
+        )
+        for name in ("area_weight", "upscale_weight", "max_aspect")
+    ),
+    Rule(
+        ("buckets.resolution", "buckets.set"),
+        lambda c: c.buckets.set == "sdxl_table" and (c.buckets.resolution != 1024 or bool(c.buckets.tiers)),
+        '`buckets.set = "sdxl_table"` is a list of shapes of about 1024 × 1024 pixels, and no others',
+        "the list is part of the model's paper: leave out `buckets.resolution` and `buckets.tiers`, or `buckets.set`",
+    ),
+    Rule(
+        ("buckets.tiers", "buckets.resolution"),
+        lambda c: any(tier >= c.buckets.resolution for tier in c.buckets.tiers),
+        "`buckets.tiers` ({c.buckets.tiers}) must be smaller than `buckets.resolution` ({c.buckets.resolution})",
+        "they are for pictures that are too small for the resolution: write for example 768 and 512",
+    ),
     Rule(
         ("crop.variants", "crop.mode"),
-        lambda c: c.crop.mode == "center" and c.crop.variants > 1,
-        '`crop.variants = {c.crop.variants}` does nothing with `crop.mode = "center"`',
-        'a picture has only one center: set `crop.mode = "random"`, or leave out `crop.variants`',
+        lambda c: c.crop.mode != "random" and c.crop.variants > 1,
+        '`crop.variants = {c.crop.variants}` does nothing with `crop.mode = "{c.crop.mode}"`',
+        'a picture has only one such crop: set `crop.mode = "random"`, or leave out `crop.variants`',
     ),
     # captions
     Rule(
@@ -129,18 +159,45 @@ RULES = (
         '`captions.keep_first` does nothing with `captions.style = "prose"`',
         'prose has no tags to keep: set `captions.style = "tags"`, or leave out `captions.keep_first`',
     ),
+    *(
+        Rule(
+            (f"captions.{name}", "captions.style"),
+            _is_set_beside_prose(name),
+            f'`captions.{name}` does nothing with `captions.style = "prose"`',
+            f'prose has no tags: set `captions.style = "tags"`, or leave out `captions.{name}`',
+        )
+        for name in ("keep_separator", "categories", "tag_weights")
+    ),
     Rule(
-        ("captions.variants", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
-        lambda c: c.captions.variants > 1 and (c.captions.style == "prose" or not _varies(c)),
+        ("captions.tag_drop", "captions.tag_drop_prob"),
+        lambda c: c.captions.tag_drop == "weighted" and c.captions.tag_drop_prob == 0,
+        '`captions.tag_drop = "weighted"` does nothing with `captions.tag_drop_prob = 0`',
+        "no tag is dropped: set `captions.tag_drop_prob = 0.1`, or leave out `captions.tag_drop`",
+    ),
+    Rule(
+        ("captions.keep_separator", "captions.keep_first"),
+        lambda c: bool(c.captions.keep_separator) and c.captions.keep_first not in (0, 1),
+        "`captions.keep_separator` and `captions.keep_first` say two things about the same",
+        "with the separator, the tags before it are kept: leave out `captions.keep_first`",
+    ),
+    Rule(
+        ("captions.variants", "captions.text", "captions.shuffle", "captions.tag_drop_prob", "captions.wildcards"),
+        lambda c: c.captions.variants > 1 and not varies(c.captions) and not may_have_several(c),
         "`captions.variants = {c.captions.variants}` would keep that many copies of the same caption",
         'variants differ by shuffled or dropped tags: set `captions.style = "tags"` with `captions.shuffle = true`, '
         "or leave out `captions.variants`",
     ),
     Rule(
-        ("captions.variants", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
-        lambda c: c.captions.variants == 1 and c.captions.style == "tags" and _varies(c),
+        ("captions.variants", "captions.text"),
+        lambda c: c.captions.variants > 1 and c.captions.text == "online",
+        '`captions.variants = {c.captions.variants}` does nothing with `captions.text = "online"`',
+        "captions are then rendered anew for every sample: leave out one of the two",
+    ),
+    Rule(
+        ("captions.variants", "captions.text", "captions.shuffle", "captions.tag_drop_prob", "captions.style"),
+        lambda c: c.captions.variants == 1 and c.captions.text == "cached" and varies(c.captions),
         "`captions.variants = 1` shuffles or drops the tags of each caption once, and then always shows it that way",
-        "captions are encoded before the training: set `captions.variants = 8`, or leave out the shuffling and dropping",
+        'captions are encoded before the training: set `captions.variants = 8`, or `captions.text = "online"`',
     ),
     Rule(
         ("captions.tag_drop_prob", "captions.keep_first", "captions.style"),
@@ -225,16 +282,60 @@ RULES = (
         "`samples.negative_prompt` does nothing with `samples.guidance_scale = 1`",
         "1 turns guidance off: set `samples.guidance_scale = 5`, or leave out `samples.negative_prompt`",
     ),
+    # cache
+    Rule(
+        ("cache.workers", "cache.engine"),
+        lambda c: c.cache.workers > 1 and c.cache.engine == "local",
+        '`cache.workers = {c.cache.workers}` does nothing with `cache.engine = "local"`',
+        'this process does the work: set `cache.engine = "processes"` for several GPUs of this machine, or leave out `cache.workers`',
+    ),
+    # sources
+    Rule(
+        ("data.sources",),
+        lambda c: all(source.role == "validation" for source in c.data.sources),
+        "every source in `data.sources` is for validation",
+        'there would be nothing to train on: leave out `role = "validation"` where the pictures to learn from are',
+    ),
+    Rule(
+        ("data.sources",),
+        lambda c: any(source.share is not None and source.repeats != 1 for source in c.data.sources),
+        "a source in `data.sources` has both `share` and `repeats`",
+        "each says how often its pictures are shown: keep one of them",
+    ),
+    Rule(
+        ("data.sources",),
+        lambda c: _shares(c) >= 1 or (_shares(c) > 0 and all(s.share is not None for s in c.data.sources if s.role != "validation")),
+        "the shares in `data.sources` leave nothing for the other sources",
+        "a share is a part of all samples: at least one source must be without, and gets what the others leave",
+    ),
+    Rule(
+        ("data.sources",),
+        lambda c: any(s.role == "validation" and (s.repeats != 1 or s.share is not None or s.loss_weight != 1) for s in c.data.sources),
+        "`repeats`, `share` and `loss_weight` do nothing for a source that is only for validation",
+        'its pictures are each measured once: leave them out, or leave out `role = "validation"`',
+    ),
+    Rule(
+        ("data.sources", "data.mask_floor"),
+        lambda c: c.data.mask_floor > 0 and all(source.masks == "none" and source.mask_column is None for source in c.data.sources),
+        "`data.mask_floor` does nothing without masks",
+        'no source has any: set `masks = "files"` or `masks = "alpha"` in `[[data.sources]]`, or leave out `data.mask_floor`',
+    ),
+    Rule(
+        ("validation.share", "data.sources"),
+        lambda c: c.validation.share not in (0.0, 0.02) and any(source.role == "validation" for source in c.data.sources),
+        "`validation.share` does nothing beside a source for validation",
+        "the pictures of that source are the ones measured: leave out `validation.share`",
+    ),
     # folders
     Rule(
         ("data.sources",),
         lambda c: _repeats_source(c),
-        "the same folder stands twice in `data.sources`",
+        "the same pictures stand twice in `data.sources`",
         "its pictures would be counted twice: list it once, with `repeats = 2` if you want them more often",
     ),
     Rule(
         ("run.folder", "data.sources"),
-        lambda c: any(_inside(c.run.folder, source.folder) for source in c.data.sources),
+        lambda c: any(_inside(c.run.folder, Path(source.path)) for source in c.data.sources),
         "`run.folder` lies inside a folder of `data.sources`",
         "the sample pictures of this run would become training pictures of the next: choose a folder outside",
     ),
@@ -286,7 +387,7 @@ REMARKS = (
     ),
     Rule(
         ("cache.folder", "data.sources"),
-        lambda c: any(_inside(c.cache.folder, source.folder) for source in c.data.sources),
+        lambda c: any(_inside(c.cache.folder, Path(source.path)) for source in c.data.sources),
         "`cache.folder` lies inside a folder of `data.sources`",
         "it works, but keeps your pictures and our files apart no longer",
     ),
@@ -317,8 +418,34 @@ def has_bucket(buckets: BucketsSection) -> bool:
     return False
 
 
-def _varies(config: Config) -> bool:
-    return config.captions.shuffle or config.captions.tag_drop_prob > 0
+def varies(captions: CaptionsSection) -> bool:
+    """Whether a single caption is rendered in more than one way."""
+    drops = captions.tag_drop_prob > 0 or any(category.drop_prob > 0 for category in captions.categories)
+    return captions.wildcards or (captions.style == "tags" and (captions.shuffle or drops))
+
+
+def encodes_online(captions: CaptionsSection) -> bool:
+    """Whether captions are encoded as they are needed, each time rendered anew."""
+    return captions.text == "online" or (captions.text == "auto" and captions.variants == 1 and varies(captions))
+
+
+def may_have_several(config: Config) -> bool:
+    """Whether pictures may have several captions to pick from at random, as far as the names in the config tell."""
+    return config.captions.pick == "random" and any(
+        source.caption_lines == "alternatives" or ".json" in source.caption_extensions or _kind(source) != "folder"
+        for source in config.data.sources
+    )
+
+
+def _kind(source: SourceSection) -> str:
+    if source.kind != "auto":
+        return source.kind
+    ending = Path(source.path).suffix.lower()
+    return "tar" if ending == ".tar" else "table" if ending in TABLE_ENDINGS else "folder"
+
+
+def _shares(config: Config) -> float:
+    return sum(source.share or 0.0 for source in config.data.sources)
 
 
 def _samples(config: Config, duration: Duration) -> float | None:
@@ -341,7 +468,7 @@ def _kept_by_ema(config: Config) -> float:
 
 
 def _repeats_source(config: Config) -> bool:
-    sources = [(source.folder, source.caption_extension) for source in config.data.sources]
+    sources = [(source.path, source.caption_extensions) for source in config.data.sources]
     return len(set(sources)) < len(sources)
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from aquatint.config.schema import json_schema
 
-ANY_INDEX = "*"  # stands for the number in `data.sources.0.folder`
+ANY_INDEX = "*"  # stands for the number in `data.sources.0.path`
 OPTIMIZER = "optimizer"
 
 _ALIKE, _VERY_ALIKE, _MUCH_LESS = 0.66, 0.9, 0.15  # likeness of two keys is at most 1.25
 
 OTHER_NAMES = {
-    "batch": "training.batch_size", "caption_dropout_rate": "captions.dropout_prob", "caption_ext": "data.sources.*.caption_extension",
+    "batch": "training.batch_size", "caption_dropout_rate": "captions.dropout_prob", "caption_ext": "data.sources.*.caption_extensions",
     "caption_tag_dropout_rate": "captions.tag_drop_prob", "concepts": "data.sources", "dataset": "data.sources",
     "ema_decay": "ema.decay", "epochs": "training.length", "flip_aug": "crop.flip_prob",
-    "gradient_accumulation_steps": "training.accumulation_steps", "image_dir": "data.sources.*.folder",
+    "gradient_accumulation_steps": "training.accumulation_steps", "image_dir": "data.sources.*.path",
     "keep_tokens": "captions.keep_first", "logging_dir": "run.folder", "lr": "optimizer.learning_rate", "lr_scheduler": "lr.schedule",
     "lr_warmup_steps": "lr.warmup", "max_data_loader_n_workers": "loader.workers", "max_grad_norm": "training.clip_norm",
     "max_train_epochs": "training.length", "max_train_steps": "training.length", "min_snr_gamma": "diffusion.gamma",
@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "pretrained_model_name_or_path": "model.base", "prediction_type": "model.prediction", "random_crop": "crop.mode",
     "sample_every_n_steps": "samples.every", "sample_prompts": "samples.prompts", "save_every_n_steps": "checkpoints.every",
     "save_precision": "export.dtype", "save_steps": "checkpoints.every", "shuffle_caption": "captions.shuffle",
-    "steps": "training.length", "train_batch_size": "training.batch_size", "train_data_dir": "data.sources.*.folder",
+    "steps": "training.length", "train_batch_size": "training.batch_size", "train_data_dir": "data.sources.*.path",
     "v_parameterization": "model.prediction", "v_pred": "model.prediction", "zero_snr": "model.zero_terminal_snr",
     "ztsnr": "model.zero_terminal_snr",
 }  # fmt: skip
@@ -160,6 +160,8 @@ def kind_of(node: Mapping[str, Any]) -> str:
 def _kind_of_list(node: Mapping[str, Any]) -> str:
     if "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])} values, each {kind_of(node['prefixItems'][0])}"
+    if node.get("items", {}).get("type") == "integer":
+        return "a list of whole numbers, such as [768, 512]"
     return 'a list of texts, such as ["…", "…"]'
 
 
@@ -179,7 +181,7 @@ def _limits(node: Mapping[str, Any]) -> str:
 
 
 def generic(key: str) -> str:
-    """`data.sources.0.folder` -> `data.sources.*.folder`."""
+    """`data.sources.0.path` -> `data.sources.*.path`."""
     return ".".join(ANY_INDEX if part.isdecimal() else part for part in key.split("."))
 
 

@@ -10,7 +10,7 @@ from aquatint.config.schema import Config, dump
 from aquatint.config.words import find_setting, shown, suggestion_hint
 from aquatint.errors import UsageError
 
-_REQUIRED: dict[str, Any] = {"model": {"base": "…"}, "data": {"sources": [{"folder": "…"}]}}
+_REQUIRED: dict[str, Any] = {"model": {"base": "…"}, "data": {"sources": [{"path": "…"}]}}
 
 
 def explanation(key: str) -> str:

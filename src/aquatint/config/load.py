@@ -17,19 +17,22 @@ from aquatint.config.describe import OPTIMIZER, all_keys, generic, optimizer_nam
 from aquatint.config.overrides import apply_override, from_folder
 from aquatint.config.parse import COMMAND_LINE, Source, read_source
 from aquatint.config.positions import KeyPath, key_of, path_of
-from aquatint.config.schema import Config, Section
+from aquatint.config.schema import LOCATION, Config, Section
 from aquatint.errors import ConfigError, Problem
 
 _STAND_INS: dict[str, Any] = {  # for required settings that are missing, so that the rest can still be checked
     "model": {"base": "missing"},
     "model.base": "missing",
-    "data": {"sources": [{"folder": "missing"}]},
-    "data.sources": [{"folder": "missing"}],
-    "data.sources.*": {"folder": "missing"},
-    "data.sources.*.folder": "missing",
+    "data": {"sources": [{"path": "missing"}]},
+    "data.sources": [{"path": "missing"}],
+    "data.sources.*": {"path": "missing"},
+    "data.sources.*.path": "missing",
+    "captions.categories.*": {"tags": ["missing"], "drop_prob": 0.0},
+    "captions.categories.*.tags": ["missing"],
+    "captions.categories.*.drop_prob": 0.0,
 }
 
-_LISTS = ("data.sources",)  # sections that are lists of tables
+_LISTS = ("data.sources", "captions.categories")  # sections that are lists of tables
 _MAX_REPAIRS = 10  # rounds; each takes out all wrong values that can be seen, so two or three do
 
 
@@ -111,6 +114,8 @@ def _absolute(section: Any, folder: Path) -> Any:
         value = getattr(section, name)
         if isinstance(value, Path):
             changed[name] = from_folder(folder, value)
+        elif LOCATION in type(section).model_fields[name].metadata and "://" not in value:
+            changed[name] = str(from_folder(folder, Path(value)))
         elif isinstance(value, Section):
             changed[name] = _absolute(value, folder)
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):

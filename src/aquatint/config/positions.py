@@ -26,7 +26,7 @@ _STRINGS = {  # opening quotes -> the whole string
 
 
 def path_of(key: str) -> KeyPath:
-    """`data.sources.0.folder` -> ("data", "sources", 0, "folder")."""
+    """`data.sources.0.path` -> ("data", "sources", 0, "path")."""
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 

@@ -12,8 +12,10 @@ from aquatint.config.describe import ANY_INDEX, Setting, all_keys, generic, opti
 _MAX_SHOWN = 60  # characters of a wrong value
 _EXAMPLES = {
     "model.base": 'add `base = "sd_xl_base_1.0.safetensors"` under `[model]`',
-    "data.sources": 'add a `[[data.sources]]` line, and below it `folder = "pictures"`',
-    "data.sources.*.folder": 'add `folder = "pictures"` under `[[data.sources]]`',
+    "data.sources": 'add a `[[data.sources]]` line, and below it `path = "pictures"`',
+    "data.sources.*.path": 'add `path = "pictures"` under `[[data.sources]]`',
+    "captions.categories.*.tags": 'add `tags = ["artist:*"]` under `[[captions.categories]]`',
+    "captions.categories.*.drop_prob": "add `drop_prob = 0.5` under `[[captions.categories]]`",
 }
 _OTHER_VALUES = {  # what other trainers call a choice
     "gpu": "cuda", "v": "v_prediction", "vpred": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "noise": "epsilon",
@@ -76,7 +78,9 @@ def wrong_value(key: str, value: Any) -> tuple[str, str]:
     """Message and hint for a value that a setting or section cannot have."""
     message = f"wrong value {shown(value)} for `{key}`"
     if generic(key) in ("data.sources", f"data.sources.{ANY_INDEX}"):
-        return message, 'give each folder a `[[data.sources]]` line of its own (two brackets), and below it `folder = "pictures"`'
+        return message, 'give each a `[[data.sources]]` line of its own (two brackets), and below it `path = "pictures"`'
+    if generic(key) in ("captions.categories", f"captions.categories.{ANY_INDEX}"):
+        return message, "give each group of tags a `[[captions.categories]]` line (two brackets), and below it `tags` and `drop_prob`"
     setting = find_setting(key)
     if setting is None:
         inside = next((other for other in all_keys() if other.startswith(f"{generic(key)}.")), key)
