@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,15 +101,45 @@ def icc_gamma(gamma: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
 
 
+def patched(data: bytes, mark: bytes, offset: int, numbers: bytes) -> bytes:
+    """`data` with other bytes from `offset` after the first `mark` on."""
+    start = data.index(mark) + offset
+    return data[:start] + numbers + data[start + len(numbers) :]
+
+
+def tiff(width: int, height: int, bits: tuple[int, ...], photometric: int, data: bytes) -> bytes:
+    """An uncompressed little-endian TIFF of one strip."""
+    size = 2 + 12 * 9 + 4
+    entries = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, len(bits), 8 + size if len(bits) > 2 else bits[0]), (259, 3, 1, 1),
+        (262, 3, 1, photometric), (273, 4, 1, 8 + size + 2 * len(bits)), (277, 3, 1, len(bits)), (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack(f"<{len(bits)}H", *bits) + data
+
+
 WHITE_D50 = (0.9642, 1.0, 0.8249)
 P3_TO_XYZ_D50 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])  # columns R, G, B
+ADOBE_TO_XYZ_D50 = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+ADOBE_GAMMA = 563 / 256
 
 
-def display_p3(gamma: float = 2.2) -> bytes:
-    """Display P3's primaries with a plain gamma."""
-    columns = {name: icc_xyz(*P3_TO_XYZ_D50[:, index]) for index, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+def rgb_profile(to_xyz_d50: Any, gamma: float, extra_bytes: int = 0) -> bytes:
+    """Primaries and a plain gamma, and some bytes in a tag that nobody reads."""
+    columns = {name: icc_xyz(*to_xyz_d50[:, index]) for index, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
     curves = {name: icc_gamma(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")}
-    return icc_profile(b"RGB ", {b"wtpt": icc_xyz(*WHITE_D50), **columns, **curves})
+    extra = {b"test": b"text" + bytes(4 + extra_bytes)} if extra_bytes else {}
+    return icc_profile(b"RGB ", {b"wtpt": icc_xyz(*WHITE_D50), **columns, **curves, **extra})
+
+
+def display_p3() -> bytes:
+    """Display P3's primaries with a plain gamma."""
+    return rgb_profile(P3_TO_XYZ_D50, 2.2)
+
+
+def adobe_rgb() -> bytes:
+    return rgb_profile(ADOBE_TO_XYZ_D50, ADOBE_GAMMA)
 
 
 def grey_gamma(gamma: float) -> bytes:
@@ -163,6 +194,11 @@ def rgb_16_png(key: bool = False) -> bytes:
     return png(32, 24, 16, 2, row * 24, [(b"tRNS", struct.pack(">HHH", 32768, 0, 65535))] if key else [])
 
 
+def with_huge_profile(format_name: str) -> bytes:
+    """A profile that would be right, but for 5 MiB of nothing in it."""
+    return encoded(plain(GREY), format_name, icc_profile=rgb_profile(P3_TO_XYZ_D50, 2.2, extra_bytes=5 << 20))
+
+
 def damaged_png() -> bytes:
     data = bytearray(encoded(textured((24, 32)), "PNG"))
     middle = data.index(b"IDAT") + (len(data) - data.index(b"IDAT")) // 2
@@ -172,6 +208,15 @@ def damaged_png() -> bytes:
 
 def cut(data: bytes, share: float) -> bytes:
     return data[: int(len(data) * share)]
+
+
+def cut_off(format_name: str) -> bytes:
+    return cut(encoded(textured((96, 128)), format_name), 0.6)
+
+
+def bomb(format_name: str, mark: bytes, offset: int, numbers: str, side: int) -> bytes:
+    """A small file whose header announces `side` x `side` pixels: two numbers at `offset` after `mark`."""
+    return patched(encoded(plain(), format_name), mark, offset, struct.pack(numbers, side, side))
 
 
 REFUSED = (
@@ -184,7 +229,19 @@ REFUSED = (
     Specimen("layers.png", lambda: b"8BPS\0\x01" + bytes(64), "refused", "Photoshop"),
     Specimen("header_only.jpg", lambda: encoded(plain(), "JPEG")[:20], "refused", "damaged JPEG"),
     Specimen("bomb.png", lambda: png(12_000, 12_000, 1, 0, b""), "refused", "12000 x 12000 pixels, more than"),
+    Specimen("bomb_400mp.png", lambda: png(20_000, 20_000, 1, 0, b""), "refused", "20000 x 20000 pixels, more than"),
     Specimen("bomb.webp", webp_bomb, "refused", "damaged WEBP"),
+    Specimen("bomb.jpg", lambda: bomb("JPEG", b"\xff\xc0", 5, ">HH", 65_500), "refused", "65500 x 65500 pixels, more than"),
+    Specimen("bomb.gif", lambda: bomb("GIF", b"GIF8", 6, "<HH", 65_535), "refused", "65535 x 65535 pixels, more than"),
+    Specimen("bomb.bmp", lambda: bomb("BMP", b"BM", 18, "<ii", 40_000), "refused", "40000 x 40000 pixels, more than"),
+    Specimen("bomb.jp2", lambda: bomb("JPEG2000", b"ihdr", 4, ">II", 40_000), "refused", "40000 x 40000 pixels, more than"),
+    Specimen("bomb.qoi", lambda: bomb("QOI", b"qoif", 4, ">II", 40_000), "refused", "40000 x 40000 pixels, more than"),
+    Specimen("bomb.avif", lambda: bomb("AVIF", b"ispe", 8, ">II", 40_000), "refused", "damaged AVIF"),
+    Specimen("bomb.ppm", lambda: b"P6 40000 40000 255\n", "refused", "40000 x 40000 pixels, more than"),
+    Specimen("bomb.tif", lambda: tiff(40_000, 40_000, (8,), 1, b""), "refused", "40000 x 40000 pixels, more than"),
+    Specimen("cut.webp", lambda: cut(encoded(textured((96, 128)), "WEBP"), 0.6), "refused", "damaged WEBP"),
+    Specimen("cut.avif", lambda: cut(encoded(textured((96, 128)), "AVIF"), 0.6), "refused", "damaged AVIF"),
+    Specimen("pixel.png", lambda: encoded(plain(size_hw=(1, 1)), "PNG"), "refused", "only 1 x 1 pixels"),
     Specimen("pixel.gif", lambda: encoded(plain(size_hw=(1, 1)), "GIF"), "refused", "only 1 x 1 pixels"),
     Specimen("thread.png", lambda: encoded(plain(0, (1, 65_000), "1"), "PNG"), "refused", "only 65000 x 1 pixels"),
     Specimen(
@@ -193,11 +250,21 @@ REFUSED = (
         "refused",
         "damaged PNG",
     ),
+    Specimen(
+        "profile_bomb.png",
+        lambda: png(32, 24, 8, 0, bytes(33 * 24), [(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 22)))]),
+        "refused",
+        "damaged PNG",
+    ),
 )
 
 BROKEN = (
     Specimen("cut.jpg", lambda: cut(encoded(textured((96, 128)), "JPEG", quality=95), 0.6), "broken", "damaged JPEG", size_hw=(96, 128)),
     Specimen("cut.png", lambda: cut(encoded(textured((96, 128)), "PNG"), 0.6), "broken", "damaged PNG", size_hw=(96, 128)),
+    *(
+        Specimen(f"cut.{ending}", partial(cut_off, name), "broken", f"damaged {name}", size_hw=(96, 128))
+        for ending, name in [("gif", "GIF"), ("tif", "TIFF"), ("jp2", "JPEG2000"), ("bmp", "BMP"), ("qoi", "QOI"), ("ppm", "PPM")]
+    ),
     Specimen("damaged.png", damaged_png, "broken", "damaged PNG"),
     Specimen("nan.tif", lambda: encoded(Image.fromarray(np.full((24, 32), np.nan, np.float32)), "TIFF"), "broken", "not numbers"),
 )
@@ -222,6 +289,9 @@ USED = (
     Specimen("rgb_key.png", lambda: encoded(plain(RED), "PNG", transparency=RED), "used", mean_rgb=(255,) * 3),
     Specimen("rgb_other_key.png", lambda: encoded(plain(RED), "PNG", transparency=BLUE), "used", mean_rgb=RED),
     Specimen("rgba_16_key.png", lambda: rgb_16_png(key=True), "used", mean_rgb=(255,) * 3),
+    Specimen("palette.gif", lambda: encoded(plain(RED).quantize(8), "GIF"), "used", mean_rgb=RED),
+    Specimen("palette.png", lambda: encoded(plain(GREEN).quantize(8), "PNG"), "used", mean_rgb=GREEN),
+    Specimen("grey.jpg", lambda: encoded(plain(90, mode="L"), "JPEG"), "used", mean_rgb=(90,) * 3),
     Specimen("one_bit.png", lambda: encoded(plain(1, mode="1"), "PNG"), "used", mean_rgb=(255,) * 3),
     Specimen("rgba.webp", lambda: encoded(half_transparent("RGBA"), "WEBP", lossless=True), "used", mean_rgb=(127.5,) * 3),
     # depth
@@ -229,6 +299,8 @@ USED = (
     Specimen("ramp_16.tif", lambda: encoded(ramp_16(), "TIFF"), "used", mean_rgb=(127.5,) * 3),
     Specimen("rgb_16.png", rgb_16_png, "used", mean_rgb=(128, 0, 255)),
     Specimen("grey_16_key.png", lambda: encoded(plain(700, mode="I;16"), "PNG", transparency=700), "used", mean_rgb=(255,) * 3),
+    Specimen("rgb_16.tif", lambda: tiff(32, 24, (16,) * 3, 2, struct.pack("<HHH", 32768, 0, 65535) * 768), "used", mean_rgb=(128, 0, 255)),
+    Specimen("int_32.tif", lambda: encoded(plain(32768, mode="I"), "TIFF"), "used", mean_rgb=(127.5,) * 3),
     Specimen("float.tif", lambda: encoded(plain(0.5, mode="F"), "TIFF"), "used", mean_rgb=(127.5,) * 3),
     Specimen("grey_16.pgm", lambda: b"P5 32 24 65535\n" + struct.pack(">H", 32768) * 768, "used", mean_rgb=(127.5,) * 3),
     # colour
@@ -249,6 +321,17 @@ USED = (
         notice="sRGB is assumed",
         mean_rgb=GREY,
     ),
+    *(
+        Specimen(
+            f"huge_profile.{ending}",
+            partial(with_huge_profile, name),
+            "used",
+            notice="sRGB is assumed",
+            mean_rgb=GREY,
+            tolerance=3.0,
+        )
+        for ending, name in [("jpg", "JPEG"), ("webp", "WEBP"), ("tif", "TIFF")]
+    ),
     Specimen(
         "misplaced_profile.png",
         lambda: encoded(plain(GREEN), "PNG", icc_profile=grey_gamma(1.0)),
@@ -260,6 +343,7 @@ USED = (
     Specimen("animation.gif", lambda: animation("GIF"), "used", notice="first one is used", mean_rgb=RED),
     Specimen("animation.png", lambda: animation("PNG"), "used", notice="first one is used", mean_rgb=RED),
     Specimen("animation.webp", lambda: animation("WEBP"), "used", notice="first one is used", mean_rgb=RED, tolerance=3.0),
+    Specimen("animation.avif", lambda: animation("AVIF"), "used", notice="first one is used", mean_rgb=RED, tolerance=3.0),
     Specimen("pages.tif", lambda: animation("TIFF"), "used", notice="first one is used", mean_rgb=RED),
     # orientation: a picture of 24 x 32 in the file that stands on its side
     Specimen("turned.jpg", lambda: encoded(plain(GREY), "JPEG", exif=exif_with(6)), "used", size_hw=(32, 24), mean_rgb=GREY),

@@ -1,7 +1,8 @@
 """Pictures: recognised by content, checked from the header, decoded to sRGB. The only module that uses Pillow.
 
-A picture array is uint8 (height, width, 3) in sRGB, upright. Files are only read, never changed. What cannot be used
-raises `BadImage` with a reason that reads well after the file's name; trouble with the disk is a StorageError.
+A picture array is uint8 (height, width, 3) in sRGB, upright. Files are open, binary and seekable, are read from their
+start, and are never changed. What cannot be used raises `BadImage` with a reason that reads well after the file's name;
+trouble with the disk is an OSError, as the file raised it.
 
 Known limit: a JPEG whose coded data was damaged in the middle decodes to wrong pixels without any error, because the
 format has no checksum.
@@ -13,12 +14,12 @@ import contextlib
 import functools
 import hashlib
 import io
-import stat
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,12 @@ from aquatint import storage
 
 Pixels = npt.NDArray[np.uint8]
 
+Greys = npt.NDArray[np.uint8]  # (height, width)
+
 MIN_SIDE_PX = 8  # less is a tracking pixel or a scrap, and no bucket could do anything with it
+MAX_HEADER_BYTES = 64 << 20  # before the pixels: profiles, EXIF, previews
+MAX_PROFILE_BYTES = 4 << 20  # those of printers have 2 or 3
+_BYTES_PER_PIXEL = 8  # 16 bits of red, green, blue and alpha: no format that is read here needs more
 _PLUGINS = (  # importing a plugin is what registers its format
     JpegImagePlugin, PngImagePlugin, WebPImagePlugin, AvifImagePlugin, GifImagePlugin, BmpImagePlugin,
     TiffImagePlugin, Jpeg2KImagePlugin, PpmImagePlugin, QoiImagePlugin,
@@ -87,43 +93,60 @@ def quiet_decoders() -> Iterator[None]:
         yield
 
 
-def digest_picture(path: Path) -> str:
-    """BLAKE2b-128 of the file's bytes, in hex. Raises BadImage for what is not a plain file: a pipe would block for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise BadImage("is not a plain file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def digest_picture(file: BinaryIO) -> bytes:
+    """BLAKE2b-128 of the file's bytes."""
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()  # type: ignore[arg-type]
 
 
-def read_header(path: Path, max_pixels: int) -> Header:
-    """Size and remarks, without decoding any pixel. Raises BadImage, and StorageError if the file cannot be read."""
-    with storage.storage_errors("read", path), path.open("rb") as file:
-        image = _open(file)
+def read_header(file: BinaryIO, max_pixels: int) -> Header:
+    """Size and remarks, without decoding any pixel, and without reading more than a header can need. Raises BadImage, OSError."""
+    _check_bytes(file, max_pixels)
+    with _HeaderFile(file) as head:
+        image = _open(head)
         _check_size(image, max_pixels)
         width, height = image.size
         turned = _orientation(image) in (5, 6, 7, 8)
         return Header((width, height) if turned else (height, width), tuple(_notices(image)))
 
 
-def load_image(path: Path, alpha_color: str, max_pixels: int) -> Pixels:
+def load_image(file: BinaryIO, alpha_color: str, max_pixels: int) -> Pixels:
     """The upright first frame as uint8 (H, W, 3) in sRGB, over `alpha_color` (`#rrggbb`) where it is transparent.
 
-    Deeper numbers are scaled to 0..255, not clipped. Raises BadImage, and StorageError if the file cannot be read.
+    Deeper numbers are scaled to 0..255, not clipped. Raises BadImage, OSError.
     """
-    with storage.storage_errors("read", path):
-        data = path.read_bytes()
-    image = _open(io.BytesIO(data))
-    _check_size(image, max_pixels)
-    orientation = _orientation(image)
+    image, orientation = _decode(file, max_pixels)
     with _decoder_errors(image.format):
-        image.load()
         color, alpha = _split_alpha(_to_eight_bits(image))
-        picture = _to_srgb(color, image.info.get("icc_profile"))
+        picture = _to_srgb(color, _profile(image))
     if alpha is not None:
         picture = Image.composite(picture, Image.new("RGB", picture.size, alpha_color), alpha)
-    if orientation in _UPRIGHT:
-        picture = picture.transpose(_UPRIGHT[orientation])
-    return np.array(picture, dtype=np.uint8)
+    return _upright(picture, orientation)
+
+
+def load_alpha(file: BinaryIO, max_pixels: int) -> Greys:
+    """The opacity of the picture that `load_image` gives, as uint8 (H, W): 255 where nothing shines through. Raises BadImage, OSError."""
+    image, orientation = _decode(file, max_pixels)
+    with _decoder_errors(image.format):
+        _, alpha = _split_alpha(_to_eight_bits(image))
+    return _upright(alpha or Image.new("L", image.size, 255), orientation)
+
+
+def load_mask(file: BinaryIO, max_pixels: int) -> Greys:
+    """A mask's first frame, upright, as uint8 (H, W): its brightness (ITU-R BT.601), and 0 where it is transparent.
+
+    Its numbers are meant as they are: no colour profile is applied. Raises BadImage, also for a mask of zeros and ones,
+    which would mask everything; OSError.
+    """
+    image, orientation = _decode(file, max_pixels)
+    if image.mode in ("L", "I", "I;16") and image.getextrema()[1] == 1:
+        raise BadImage("has no values but 0 and 1, of which 1 is as good as black: save it in black and white")
+    with _decoder_errors(image.format):
+        color, alpha = _split_alpha(_to_eight_bits(image))
+        grey = (color if color.mode in ("1", "L") else _to_srgb(color, b"")).convert("L")
+    if alpha is not None:
+        grey = Image.composite(grey, Image.new("L", grey.size, 0), alpha)
+    return _upright(grey, orientation)
 
 
 def resize(image: Pixels, size_hw: tuple[int, int], *, box_tlbr: tuple[float, float, float, float] | None = None) -> Pixels:
@@ -148,7 +171,67 @@ def save_png(path: Path, image: Pixels) -> None:
     storage.write_bytes(path, buffer.getvalue())
 
 
+def encode_webp(image: Pixels, quality: int = 80) -> bytes:
+    """A small picture for a page, uint8 (H, W, 3), as the bytes of a WebP file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
+
+
 # Opening and checking
+
+
+class _HeaderFile:
+    """The part of a file that a header may take: reading more raises BadImage, so that no memory is filled.
+
+    WebP and AVIF may be read whole, as their readers need. Around reading, it sees to it that trouble with the disk is
+    not lost: Pillow takes some of it for damage.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self._trouble: OSError | None = None
+        start = file.read(16)
+        is_read_whole = start[8:12] == b"WEBP" or start[4:8] == b"ftyp"
+        self._left = file.seek(0, os.SEEK_END) + 64 if is_read_whole else MAX_HEADER_BYTES
+        file.seek(0)
+
+    def __enter__(self) -> BinaryIO:
+        return cast(BinaryIO, self)
+
+    def __exit__(self, *error: object) -> None:
+        if self._trouble is not None:
+            raise self._trouble
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data = self._file.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+        except OSError as error:
+            self._trouble = error
+            raise
+        self._left -= len(data)
+        if self._left < 0:
+            raise BadImage(f"has more than {MAX_HEADER_BYTES >> 20} MiB before its pixels, which no picture needs")
+        return data
+
+
+def _check_bytes(file: BinaryIO, max_pixels: int) -> None:
+    """Raises BadImage for a file that is larger than any with so many pixels can be."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if num_bytes > (limit := MAX_HEADER_BYTES + _BYTES_PER_PIXEL * max_pixels):
+        raise BadImage(f"has {num_bytes:,} bytes, more than the {limit:,} that data.max_pixels = {max_pixels} can need")
+
+
+def _decode(file: BinaryIO, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
+    """The picture with its pixels, as they are in the file, and its orientation. Nothing is decoded before its size was checked."""
+    _check_bytes(file, max_pixels)
+    image = _open(file if isinstance(file, io.BytesIO) else io.BytesIO(file.read()))  # from here on the disk is out of it
+    _check_size(image, max_pixels)
+    orientation = _orientation(image)  # of what stands before the pixels: that is what the header said
+    with _decoder_errors(image.format):
+        image.load()
+    return image, orientation
 
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
@@ -200,9 +283,12 @@ def _notices(image: ImageFile.ImageFile) -> Iterator[str]:
             animated = getattr(image, "is_animated", False)
         if animated:
             yield "has several frames; the first one is used"
-    profile = image.info.get("icc_profile")
-    if profile and _color_transform(profile, _color_mode(image)) == "broken":
+    if (profile := _profile(image)) and _color_transform(profile, _color_mode(image)) == "broken":
         yield "has a colour profile that is broken or does not fit; sRGB is assumed"
+
+
+def _upright(picture: Image.Image, orientation: int) -> Pixels:
+    return np.array(picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture, dtype=np.uint8)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -292,16 +378,22 @@ def _color_mode(image: Image.Image) -> str:
     return "L" if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else "RGB"
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _profile(image: Image.Image) -> bytes:
+    """The ICC profile, or nothing. Of one that is too large, so little that it counts as broken."""
+    profile: bytes = image.info.get("icc_profile") or b""
+    return profile if len(profile) <= MAX_PROFILE_BYTES else profile[:64]
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Mode RGB in sRGB. Without a profile, or with a broken one, the numbers are taken to be sRGB already."""
     mode = _color_mode(image)
-    transform = _color_transform(profile or b"", mode)
+    transform = _color_transform(profile, mode)
     if isinstance(transform, str):
         return image.convert("RGB")
     return transform.apply(image.convert(transform.input_mode))
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=16)
 def _color_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | Literal["none", "broken"]:
     """From an ICC profile (or from CIE Lab) to sRGB for pictures of `mode`; `none` if it would change nothing."""
     if mode == "LAB":
