@@ -1,10 +1,26 @@
+"""Crops are exact integers, one picture at a time or a million; pixels and masks are cut alike."""
+
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquatint.data.buckets import candidates
-from aquatint.data.crop import apply, fit, views
+from aquatint.data.crop import (
+    CROP_COLUMNS,
+    Crop,
+    apply,
+    apply_mask,
+    fit,
+    fit_all,
+    position_for_focus,
+    positions_for_focus,
+    random_positions,
+    time_ids_of,
+)
 from aquatint.data.image import resize
 from tests import zoo
 
@@ -107,29 +123,226 @@ def test_a_crop_for_another_picture_is_refused():
         apply(np.zeros((10, 20, 3), np.uint8), fit((20, 10), (8, 8)))
 
 
-def test_centre_views_are_one_or_one_and_its_mirror_image():
-    assert views("ab", (2000, 3000), (832, 1216), mode="center", variants=5, flip=False) == (fit((2000, 3000), (832, 1216)),)
-    plain, mirrored = views("ab", (2000, 3000), (832, 1216), mode="center", variants=5, flip=True)
-    assert (plain.flipped, mirrored.flipped) == (False, True)
+# Tables
 
 
-def test_random_views_are_indexed_by_variant_and_mirror():
-    crops = views("ab", (2000, 3000), (832, 832), mode="random", variants=4, flip=True)
-    assert [crop.flipped for crop in crops] == [False, True] * 4
-    assert all(crops[2 * index].left == crops[2 * index + 1].left for index in range(4))
-    assert len({crop.left for crop in crops}) == 4
+def digests(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 16), dtype=np.uint8)
 
 
-def test_random_views_are_a_function_of_the_content():
-    arguments = {"mode": "random", "variants": 3, "flip": False}
-    first = views("ab", (2000, 3000), (832, 832), **arguments)
-    assert first == views("ab", (2000, 3000), (832, 832), **arguments)
-    assert first != views("cd", (2000, 3000), (832, 832), **arguments)
-    assert first == views("ab", (2000, 3000), (832, 832), **{**arguments, "variants": 5})[:3]
+@settings(max_examples=200, deadline=None)
+@given(
+    pictures=st.lists(st.tuples(size, shape, st.lists(st.tuples(share, share), min_size=2, max_size=2)), min_size=1, max_size=8),
+    flip=st.booleans(),
+    dtype=st.sampled_from([np.int32, np.int64]),
+)
+def test_a_table_of_crops_says_what_fit_says(pictures, flip, dtype):
+    sizes, targets, positions = zip(*pictures, strict=True)
+    crops = fit_all(np.array(sizes, dtype), np.array(targets, dtype), np.array(positions), flip=flip)
+    expected = [
+        [
+            fit(size_hw, target_hw, position=position, flipped=flipped)
+            for position in at
+            for flipped in ((False, True) if flip else (False,))
+        ]
+        for size_hw, target_hw, at in pictures
+    ]
+    assert crops.dtype == np.int32
+    assert crops.tolist() == [[list(crop.to_row()) for crop in row] for row in expected]
+    assert [[Crop.from_row(row) for row in rows] for rows in crops] == expected
+    assert time_ids_of(crops).dtype == np.int32
+    assert time_ids_of(crops).tolist() == [[list(crop.time_ids) for crop in row] for row in expected]
 
 
-def test_random_views_reach_every_offset_equally_often():
-    crops = views("ab", (104, 100), (100, 100), mode="random", variants=3000, flip=False)
-    counts = np.bincount([crop.top for crop in crops], minlength=5)
+def test_columns_are_named_in_the_order_of_a_crops_fields():
+    crop = Crop((1, 2), (3, 4), 5, 6, (7, 8), flipped=True)
+    assert dict(zip(CROP_COLUMNS, crop.to_row(), strict=True)) == {
+        "original_height": 1, "original_width": 2, "resized_height": 3, "resized_width": 4, "top": 5, "left": 6,
+        "target_height": 7, "target_width": 8, "flipped": 1,
+    }  # fmt: skip
+    assert Crop.from_row(np.array(crop.to_row(), np.int32)) == crop
+    assert [type(value) for value in dataclasses.astuple(Crop.from_row(np.array(crop.to_row(), np.int32)))] == [
+        tuple,
+        tuple,
+        int,
+        int,
+        tuple,
+        bool,
+    ]
+
+
+def test_a_table_of_no_pictures_is_empty():
+    assert fit_all(np.zeros((0, 2), int), np.zeros((0, 2), int), np.zeros((0, 3, 2)), flip=True).shape == (0, 6, 9)
+    assert random_positions(np.zeros((0, 16), np.uint8), 4).shape == (0, 4, 2)
+
+
+def test_sides_without_a_number_of_32_bits_are_refused():
+    with pytest.raises(ValueError, match=r"a picture of \[8, 90000000\] pixels cannot be resized"):
+        fit_all(np.array([[100, 100], [8, 90_000_000]]), np.array([[512, 512], [512, 2048]]), np.full((2, 1, 2), 0.5))
+
+
+def test_half_a_million_pictures_are_fitted_in_moments():
+    sizes = np.random.default_rng(0).integers(300, 6000, (500_000, 2))
+    targets = np.array(SHAPES)[np.arange(len(sizes)) % len(SHAPES)]
+    start = time.perf_counter()
+    crops = fit_all(sizes, targets, random_positions(digests(len(sizes)), 1), flip=True)
+    assert time_ids_of(crops).shape == (500_000, 2, 6)
+    assert time.perf_counter() - start < 3
+
+
+# Positions
+
+
+def splitmix(state, index):
+    """Output `index` of SplitMix64, in Python's integers."""
+    return mix((state + (index + 1) * 0x9E3779B97F4A7C15) % 2**64)
+
+
+def mix(word):
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def test_random_positions_are_those_of_the_published_generator():
+    assert [hex(splitmix(0, index)) for index in (0, 1)] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+    ]  # its known first outputs for seed 0
+    table = digests(5)
+    first, second = (np.ascontiguousarray(table).view("<u8").reshape(5, 2)[:, column].tolist() for column in (0, 1))
+    expected = [
+        [[(mix(splitmix(a, 2 * variant + axis) ^ b) >> 11) / 2**53 for axis in (0, 1)] for variant in range(3)]
+        for a, b in zip(first, second, strict=True)
+    ]
+    assert random_positions(table, 3).tolist() == expected
+
+
+def test_golden_values():
+    table = np.stack([np.arange(16, dtype=np.uint8), np.full(16, 255, np.uint8)])
+    assert random_positions(table, 2).tolist() == [
+        [[0.27314748318366877, 0.20638916690678055], [0.36986846995041955, 0.38610842585699345]],
+        [[0.274669412220821, 0.851044368692896], [0.1014546513591752, 0.8396910453419398]],
+    ]
+    assert fit_all(np.array([[104, 220], [220, 104]]), np.array([[100, 100]] * 2), random_positions(table, 2)).tolist() == [
+        [[104, 220, 100, 212, 0, 23, 100, 100, 0], [104, 220, 100, 212, 0, 43, 100, 100, 0]],
+        [[220, 104, 212, 100, 31, 0, 100, 100, 0], [220, 104, 212, 100, 11, 0, 100, 100, 0]],
+    ]
+
+
+def test_random_positions_are_a_function_of_the_content_and_the_variant():
+    table = digests(50)
+    found = random_positions(table, 3)
+    assert (found[7] == random_positions(table[7:8], 3)[0]).all()
+    assert (found == random_positions(table, 5)[:, :3]).all()
+    assert len(np.unique(found)) == found.size
+    for byte in range(16):  # every part of the digest matters
+        other = table.copy()
+        other[:, byte] ^= 1
+        assert (random_positions(other, 3) != found).all()
+
+
+def test_random_positions_are_spread_evenly():
+    found = random_positions(digests(20_000), 2)
+    assert ((found >= 0) & (found < 1)).all()
+    counts = np.histogram2d(found[..., 0].ravel(), found[..., 1].ravel(), bins=10, range=[[0, 1]] * 2)[0]
+    assert ((counts - 400) ** 2 / 400).sum() < 149  # chi-square with 99 degrees of freedom: p = 0.001
+    across = np.corrcoef(found.reshape(-1, 4).T)  # two coordinates of two variants
+    assert np.abs(across - np.eye(4)).max() < 0.03
+
+
+def test_every_offset_comes_equally_often():
+    crops = fit_all(np.full((3000, 2), (104, 100)), np.full((3000, 2), 100), random_positions(digests(3000), 1))
+    counts = np.bincount(crops[:, 0, CROP_COLUMNS.index("top")], minlength=5)
     assert len(counts) == 5
     np.testing.assert_allclose(counts, 600, atol=100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(size_hw=size, target_hw=shape, point=st.tuples(share, share))
+def test_no_cut_has_its_centre_nearer_to_the_point(size_hw, target_hw, point):
+    crop = fit(size_hw, target_hw, position=position_for_focus(size_hw, target_hw, point))
+    for axis, offset in enumerate((crop.top, crop.left)):
+        wanted = point[axis] * crop.resized_hw[axis] - target_hw[axis] / 2
+        others = {0, offset - 1, offset + 1, crop.resized_hw[axis] - target_hw[axis]}
+        allowed = [other for other in others if 0 <= other <= crop.resized_hw[axis] - target_hw[axis]]
+        assert all(abs(offset - wanted) <= abs(other - wanted) + 1e-6 for other in allowed)
+
+
+def test_a_subject_at_the_edge_is_kept_whole():
+    crop = fit((1000, 3000), (1000, 1000), position=position_for_focus((1000, 3000), (1000, 1000), (0.5, 0.95)))
+    assert (crop.top, crop.left) == (0, 2000)
+    crop = fit((1000, 3000), (1000, 1000), position=position_for_focus((1000, 3000), (1000, 1000), (0.5, 0.4)))
+    assert crop.left == 700  # its centre at 1200 of 3000
+
+
+@settings(max_examples=50, deadline=None)
+@given(pictures=st.lists(st.tuples(size, shape, st.tuples(share, share)), min_size=1, max_size=8))
+def test_a_table_of_points_gives_the_positions_of_each(pictures):
+    sizes, targets, points = (np.array(column) for column in zip(*pictures, strict=True))
+    assert positions_for_focus(sizes, targets, points).tolist() == [list(position_for_focus(*picture)) for picture in pictures]
+
+
+# Masks
+
+
+def ramp(size_hw, axis):
+    """Grey that grows by two levels per pixel and then falls by as many: an error of a pixel is one of two levels."""
+    count = np.arange(size_hw[axis])
+    values = np.abs((2 * count + 255) % 510 - 255).astype(np.uint8)
+    return np.broadcast_to(values[:, None] if axis == 0 else values, size_hw).copy()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@settings(max_examples=30, deadline=None)
+@given(
+    size_hw=st.tuples(st.integers(100, 250), st.integers(100, 250)),
+    target_hw=st.tuples(st.sampled_from([64, 96, 128]), st.sampled_from([64, 96, 128])),
+    position=st.tuples(share, share),
+    flipped=st.booleans(),
+)
+def test_a_mask_lies_on_its_picture_within_half_a_pixel(axis, size_hw, target_hw, position, flipped):
+    grey = ramp(size_hw, axis)
+    crop = fit(size_hw, target_hw, position=position, flipped=flipped)
+    picture = apply(np.repeat(grey[:, :, None], 3, axis=2), crop)[:, :, 0].astype(float)
+    mask = apply_mask(grey, crop).astype(float)
+    assert mask.shape == target_hw
+    is_straight = (mask > 12) & (mask < 243)  # away from where the ramp turns, and the two filters differ
+    is_straight[:4], is_straight[-4:], is_straight[:, :4], is_straight[:, -4:] = (False,) * 4
+    levels_per_px = 2 / crop.scale
+    difference = (mask - picture)[is_straight]
+    assert np.abs(difference).max(initial=0) <= 0.5 * levels_per_px + 1  # rounding
+
+
+def test_the_edge_of_a_mask_is_where_the_edge_of_the_picture_is():
+    whole = np.zeros((120, 200), np.uint8)
+    whole[30:90, 50:150] = 255
+    for flipped in (False, True):
+        crop = fit((120, 200), (64, 64), position=(0.5, 0.2), flipped=flipped)
+        picture, mask = apply(np.repeat(whole[:, :, None], 3, axis=2), crop)[:, :, 0], apply_mask(whole, crop)
+        assert ((picture > 127) == (mask > 127)).all()
+        assert (mask > 127).sum() not in (0, mask.size)
+
+
+def test_an_area_that_fits_into_whole_pixels_is_their_mean():
+    mask = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
+    means = mask.reshape(16, 4, 24, 4).mean(axis=(1, 3))
+    assert (apply_mask(mask, fit((64, 96), (16, 24))) == np.rint(means)).all()
+    assert (apply_mask(mask, fit((64, 96), (16, 24), flipped=True)) == np.rint(means)[:, ::-1]).all()
+    assert (apply_mask(mask, fit((64, 96), (64, 96))) == mask).all()
+    assert (apply_mask(mask, fit((64, 96), (128, 192))) == mask.repeat(2, axis=0).repeat(2, axis=1)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(size_hw=st.tuples(st.integers(8, 90), st.integers(8, 90)), target_hw=st.tuples(st.integers(8, 90), st.integers(8, 90)))
+def test_a_mask_keeps_its_weight_where_nothing_is_cut_off(size_hw, target_hw):
+    mask = np.random.default_rng(0).integers(0, 256, size_hw, dtype=np.uint8)
+    assert apply_mask(mask, Crop(size_hw, target_hw, 0, 0, target_hw)).mean() == pytest.approx(mask.mean(), abs=0.5)
+    full = np.full(size_hw, 255, np.uint8)
+    assert (apply_mask(full, fit(size_hw, target_hw)) == 255).all()
+    assert not apply_mask(np.zeros_like(full), fit(size_hw, target_hw)).any()
+
+
+def test_a_mask_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"the picture is \(10, 20\), the crop is for \(20, 10\)"):
+        apply_mask(np.zeros((10, 20), np.uint8), fit((20, 10), (8, 8)))
