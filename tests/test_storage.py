@@ -407,3 +407,71 @@ def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path:
 def test_an_error_under_the_lock_is_not_an_error_of_the_lock(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), storage.folder_lock(tmp_path):
         raise FileNotFoundError
+
+
+HOLD_SHARED = """
+import pathlib, sys
+from aquatint.storage import shared_lock
+with shared_lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_any_number_of_processes_may_rely_on_a_folder_and_none_may_tidy_up_meanwhile(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with contextlib.ExitStack() as stack:
+        holders = []
+        for _ in range(2):
+            command = [sys.executable, "-c", HOLD_SHARED, str(folder)]
+            holder = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            holders.append(holder)
+        with storage.shared_lock(folder), storage.shared_lock(folder):
+            pass
+        for holder in holders:
+            with pytest.raises(LockedError, match=r"cache is in use by another process"), storage.exclusive_lock(folder):
+                pytest.fail("a folder in use is held")
+            holder.kill()
+            holder.wait()
+        with storage.exclusive_lock(folder):
+            assert files(folder) == ["in-use.lock"]
+
+
+def test_nobody_relies_on_a_folder_while_it_is_tidied_up(tmp_path: Path) -> None:
+    with storage.exclusive_lock(tmp_path):
+        with pytest.raises(LockedError, match="tidying up in"), storage.shared_lock(tmp_path):
+            pytest.fail("a folder is used while it is tidied up")
+        with pytest.raises(LockedError), storage.exclusive_lock(tmp_path):
+            pytest.fail("two processes tidy up")
+    with storage.shared_lock(tmp_path), pytest.raises(LockedError), storage.exclusive_lock(tmp_path):
+        pytest.fail("a folder in use is held")
+
+
+def test_a_folder_that_cannot_be_written_can_be_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, mode: str) -> Any:
+        if mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return io.FileIO(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "open", read_only, raising=False)
+        with storage.shared_lock(tmp_path):
+            assert files(tmp_path) == []
+        with pytest.raises(StorageError, match=r"could not lock .*: Read-only file system"), storage.exclusive_lock(tmp_path):
+            pytest.fail("the folder is held without a file")
+    with storage.exclusive_lock(tmp_path):
+        pass
+    monkeypatch.setattr(storage, "open", read_only, raising=False)
+    with storage.shared_lock(tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(LockedError), storage.exclusive_lock(tmp_path):
+            pytest.fail("a folder in use is held")
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_lock(tmp_path: Path, disk: Disk) -> None:
+    for lock in (storage.shared_lock, storage.exclusive_lock):
+        disk.fail(1, errno.EIO)
+        with pytest.raises(StorageError, match="could not lock"), lock(tmp_path):
+            pytest.fail("held")

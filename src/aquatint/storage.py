@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from aquatint.errors import LockedError, StorageError
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}$")
+_IN_USE = "in-use.lock"
 
 
 def _temporary_name(path: Path) -> Path:
@@ -223,9 +224,52 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _try_lock(file: BinaryIO) -> bool:
+@contextlib.contextmanager
+def shared_lock(folder: Path) -> Iterator[None]:
+    """Says that this process relies on what is in a folder. Any number may; nobody removes anything meanwhile. Raises LockedError.
+
+    In a folder that this user cannot write to, and where nobody has left the lock's file, there is nothing to hold.
+    """
+    file = _open_shared(folder / _IN_USE)
+    with file or contextlib.nullcontext():
+        if file is not None:
+            with storage_errors("lock", folder):
+                held = _try_lock(file, fcntl.LOCK_SH)
+            if not held:
+                raise LockedError(f"another process is tidying up in {folder}", hint="wait for it to end, then run the same command again")
+            os.register_at_fork(after_in_child=file.close)
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Holds a folder that no process relies on, so that things in it may be removed. Raises LockedError while one does."""
+    with storage_errors("lock", folder):
+        make_folder(folder)
+        file = open(folder / _IN_USE, "a+b")
+    with file:
+        with storage_errors("lock", folder):
+            held = _try_lock(file)
+        if not held:
+            raise LockedError(f"{folder} is in use by another process", hint="wait for the run that uses it to end, or stop it")
+        os.register_at_fork(after_in_child=file.close)
+        yield
+
+
+def _open_shared(path: Path) -> BinaryIO | None:
+    with storage_errors("lock", path.parent):
+        try:
+            make_folder(path.parent)
+            return open(path, "a+b")  # network disks want it readable for a shared lock, and writable for the other one
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            return open(path, "rb") if path.exists() else None
+
+
+def _try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

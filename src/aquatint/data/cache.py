@@ -1,47 +1,56 @@
 """What is missing in the cache: found, encoded, packed.
 
 A hit is a proof: a key is the digest of everything an entry depends on, so changing one thing makes exactly the affected
-entries anew. Pictures are decoded in threads, ahead of the encoder, and encoded in batches of equal shape. A shard is
-published as soon as it is full, so what a crash can cost is less than one shard; Ctrl-C costs nothing.
+entries anew. What is missing is cut into jobs (`jobs`), each of which becomes one shard (`encoding`), here or in other
+processes (`engines`). A crash or Ctrl-C costs the jobs under way, which are less than a shard or two of each process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
-from itertools import groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from aquatint.data.crop import Crop, apply
-from aquatint.data.image import BadImage, Pixels, digest_picture, load_image, quiet_decoders
-from aquatint.data.shards import ShardStore
+from aquatint.data import crop as cropping
+from aquatint.data import image
+from aquatint.data.crop import Crop
+from aquatint.data.encoding import Entry, Work
+from aquatint.data.engines import Engine, Local
+from aquatint.data.image import BadImage, Pixels
+from aquatint.data.jobs import OnFailure, OnProgress, Request, Todo, batched
+from aquatint.data.places import Opener, Place
+from aquatint.data.shards import Keys, ShardStore
 from aquatint.storage import storage_errors
 
+KEY_VERSION = 1  # raise it when keys are made of other things than before
 PICTURE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels than before
+MASK_VERSION = 1  # and this one for masks
 FILE_CHANGED = "was changed while the pictures were being encoded"  # no fault of the content that was listed
 NOT_FINITE = "the autoencoder gives numbers that are not finite for it"  # which another autoencoder need not do
-_MAX_THREADS = 8
-_MAX_VIEWS = 8  # of one picture, held in memory at once
+TEXT_NOT_FINITE = "the text encoders give numbers that are not finite for it"
+LATENT_STRIDE = 8  # pixels of a picture per latent, along each side
+_MAX_VIEWS = 8  # of one picture, cut out at once
 
 Dtype = Literal["float16", "float32"]
-Entry = Mapping[str, torch.Tensor]
-Progress = Callable[[int, int], None]
-Input = TypeVar("Input")
-Result = TypeVar("Result")
+Int32s = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.uint8]  # (H, W)
+Content = TypeVar("Content")
 
 
 class LatentEncoder(Protocol):
-    """The autoencoder's first half. `digest` stands for its weights and everything else that decides its output."""
+    """The autoencoder's first half. `digest` stands for its weights and everything else that decides its output.
+
+    It may have an encoder `precise`, the same in float32: that one gets what has no finite latents otherwise.
+    """
 
     @property
     def digest(self) -> str: ...
@@ -62,232 +71,340 @@ class CaptionEncoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+# Keys
+
+
+def latent_recipe(*, alpha_color: str, encoder_digest: str, precision: str, dtype: Dtype) -> bytes:
+    """A digest of all that latents depend on beside the picture and the crop: 16 bytes."""
+    return _digest("latent", PICTURE_VERSION, alpha_color.lower(), encoder_digest, precision, dtype)
+
+
+def mask_recipe(kind: Literal["alpha", "file"]) -> bytes:
+    """A digest of all that masks depend on beside the file and the crop, for each way to get a mask out of a file: 16 bytes."""
+    return _digest("mask", MASK_VERSION, PICTURE_VERSION, kind)
+
+
+def text_recipe(*, encoder_digest: str, dtype: Dtype) -> bytes:
+    """A digest of all that embeddings depend on beside the text: 16 bytes."""
+    return _digest("text", encoder_digest, dtype)
+
+
+def latent_keys(picture_digests: Keys, crops: Int32s, recipe: bytes) -> Keys:
+    """The keys (n, 16) of parts of pictures: digests (n, 16), and the numbers of their crops (n, 9)."""
+    numbers = np.ascontiguousarray(crops, dtype="<i4").view(np.uint8).reshape(len(picture_digests), 4 * crops.shape[1])
+    rows = np.concatenate([picture_digests, numbers], axis=1)
+    return _keys(memoryview(rows.tobytes()), np.arange(len(rows) + 1) * rows.shape[1], recipe)
+
+
+mask_keys = latent_keys  # over the digests of the files that masks are made of, with a recipe for masks
+
+
+def text_keys(captions: Iterable[str], recipe: bytes) -> Keys:
+    """The keys (n, 16) of rendered captions."""
+    texts = [caption.encode("utf-8", "surrogatepass") for caption in captions]
+    return _keys(memoryview(b"".join(texts)), np.cumsum([0, *map(len, texts)]), recipe)
+
+
+def crop_rows(crops: Sequence[Crop]) -> Int32s:
+    """The numbers of crops, (n, 9), as in `crop.CROP_COLUMNS`."""
+    return np.array([crop.to_row() for crop in crops], dtype=np.int32).reshape(-1, len(cropping.CROP_COLUMNS))
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.blake2b(json.dumps([KEY_VERSION, *parts]).encode(), digest_size=16).digest()
+
+
+def _keys(data: memoryview, bounds: npt.NDArray[np.int64], recipe: bytes) -> Keys:
+    """BLAKE2b-128 of the recipe and each piece of `data` between two bounds."""
+    start = hashlib.blake2b(recipe, digest_size=16)
+    places = bounds.tolist()
+
+    def key(begin: int, end: int) -> bytes:
+        digest = start.copy()
+        digest.update(data[begin:end])
+        return digest.digest()
+
+    return np.frombuffer(b"".join(map(key, places, places[1:])), dtype=np.uint8).reshape(-1, 16)
+
+
+# Requests
+
+
+@dataclass(frozen=True, slots=True)
 class LatentRequest:
     """A part of a picture that shall be in the cache under `key`. `picture_digest` is that of the file's bytes."""
 
-    key: str
-    path: Path
-    picture_digest: str
+    key: bytes
+    place: Place
+    picture_digest: bytes
     crop: Crop
 
+    @property
+    def subject(self) -> bytes:
+        return self.picture_digest
 
-def latent_key(picture_digest: str, crop: Crop, *, alpha_color: str, encoder_digest: str, precision: str, dtype: Dtype) -> str:
-    """The key of a latent: it changes with the picture's bytes, the exact crop, the encoder, and how it computes and stores."""
-    return _key("latent", PICTURE_VERSION, picture_digest, astuple(crop), alpha_color.lower(), encoder_digest, precision, dtype)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.crop.target_hw
 
 
-def text_key(caption: str, *, encoder_digest: str, dtype: Dtype) -> str:
-    """The key of a caption's embeddings: it changes with the rendered text, the encoders, and how they are stored."""
-    return _key("text", caption, encoder_digest, dtype)
+@dataclass(frozen=True, slots=True)
+class MaskRequest:
+    """A part of a mask that shall be in the cache: of a file of its own, or of the opacity (`alpha`) of a picture."""
+
+    key: bytes
+    place: Place
+    mask_digest: bytes
+    crop: Crop
+    kind: Literal["alpha", "file"] = "file"
+
+    @property
+    def subject(self) -> bytes:
+        return self.mask_digest
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.crop.target_hw
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """A caption of `num_chunks` chunks that shall be in the cache under `key`."""
+
+    key: bytes
+    caption: str
+    num_chunks: int
+
+    @property
+    def subject(self) -> bytes:
+        return self.key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_chunks,)
+
+
+# Building
 
 
 def build_latents(
     store: ShardStore,
     requests: Iterable[LatentRequest],
-    encoder: LatentEncoder,
+    make_encoder: Callable[[], LatentEncoder],
     *,
+    opener: Opener,
     alpha_color: str,
     max_pixels: int,
     dtype: Dtype,
     batch_size: int,
     shard_entries: int,
-    num_threads: int | None = None,
-    on_progress: Progress = lambda done, total: None,
-) -> dict[str, str]:
+    engine: Engine | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    on_failure: OnFailure = lambda digest, reason: None,
+) -> dict[bytes, str]:
     """Encodes the requests that are not in the store, as entries of `mean` and `std` (4, h, w).
 
-    Returns why pictures were left out, by digest: they cannot be decoded, their file is not the one that was listed, or the
-    encoder gives no finite numbers for them. Raises StorageError; what was encoded until then is kept. `on_progress` gets
-    how many of the missing entries are done, and how many there are.
+    The encoder is made only if something is missing, by each process of the engine: this one, unless told otherwise.
+    Neighbours among the requests that are cut from one picture are decoded once. Returns why pictures were left out, by
+    digest: they cannot be decoded, their file is not the one that was listed, or the encoder gives no finite numbers for
+    them; `on_failure` gets each as soon as it is known. `on_progress` gets how many of the missing entries are done, and
+    how many there are. Raises StorageError, and AquatintError for what happened in another process; what was finished is
+    kept.
     """
-    missing = _missing(store, {request.key: request for request in requests})
-    views = sorted(missing.values(), key=lambda request: _largest_first(request.crop.target_hw))
-    rejected: dict[str, str] = {}
+    work = LatentWork(make_encoder, opener, alpha_color, max_pixels, dtype, batch_size)
+    return _build(store, requests, work, shard_entries, engine, on_progress, on_failure)
 
-    def encode(pictures: Sequence[Pixels]) -> list[Entry]:
-        encoded = encoder.encode(_to_tensor(pictures)).to("cpu", getattr(torch, dtype))
-        return [{"mean": mean, "std": std} for mean, std in zip(encoded[:, :4], encoded[:, 4:], strict=True)]
 
-    def prepare(views: Sequence[LatentRequest]) -> list[Pixels] | BadImage:
-        return _prepare(views, alpha_color, max_pixels)
+def build_masks(
+    store: ShardStore,
+    requests: Iterable[MaskRequest],
+    *,
+    opener: Opener,
+    max_pixels: int,
+    batch_size: int,
+    shard_entries: int,
+    engine: Engine | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    on_failure: OnFailure = lambda digest, reason: None,
+) -> dict[bytes, str]:
+    """Makes the masks that are not in the store, as entries of `mask` (1, h, w): float16 in [0, 1], means over 8 x 8 pixels.
 
-    with _ahead(prepare, _by_picture(views), num_threads, depth=batch_size) as prepared:
-        by_shape = groupby(_usable(prepared, rejected), key=lambda pair: pair[1].shape)
-        batches = (batch for _, pairs in by_shape for batch in _batches(pairs, batch_size))
-        failed = _encode_all(store, batches, encode, shard_entries, lambda done: on_progress(done + len(rejected), len(views)))
-    return rejected | {missing[key].picture_digest: NOT_FINITE for key in failed}
+    Returns why some were left out, by the digest of their file. Otherwise as `build_latents`.
+    """
+    return _build(store, requests, MaskWork(opener, max_pixels, batch_size), shard_entries, engine, on_progress, on_failure)
 
 
 def build_texts(
     store: ShardStore,
     captions: Iterable[str],
-    encoder: CaptionEncoder,
+    make_encoder: Callable[[], CaptionEncoder],
     *,
+    recipe: bytes,
+    num_chunks: Callable[[str], int],
     dtype: Dtype,
     batch_size: int,
     shard_entries: int,
-    on_progress: Progress = lambda done, total: None,
+    engine: Engine | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    on_failure: OnFailure = lambda key, reason: None,
 ) -> dict[str, str]:
     """Encodes the captions that are not in the store, as entries of `prompt_embeds` (77 n, D) and `pooled` (P,).
 
-    Returns why captions were left out, by caption: the encoders give no finite numbers for them. Otherwise as `build_latents`.
+    `num_chunks` tells n, and is asked of what is missing. Returns why captions were left out, by caption (`on_failure` gets
+    the key): the encoders give no finite numbers for them. Otherwise as `build_latents`.
     """
-    number: torch.dtype = getattr(torch, dtype)
-    missing = _missing(store, {text_key(caption, encoder_digest=encoder.digest, dtype=dtype): caption for caption in captions})
-
-    def encode(captions: Sequence[str]) -> list[Entry]:
-        pairs = encoder.encode(captions)
-        return [{"prompt_embeds": embeds.to("cpu", number), "pooled": pooled.to("cpu", number)} for embeds, pooled in pairs]
-
-    batches = _batches(missing.items(), batch_size)
-    failed = _encode_all(store, batches, encode, shard_entries, lambda done: on_progress(done, len(missing)))
-    return {missing[key]: "the text encoders give numbers that are not finite for it" for key in failed}
+    captions = list(dict.fromkeys(captions))
+    keys = text_keys(captions, recipe)
+    store.refresh()
+    left = np.flatnonzero(~store.has(keys))
+    requests = {keys[row].tobytes(): TextRequest(keys[row].tobytes(), captions[row], num_chunks(captions[row])) for row in left}
+    failures = _build(store, requests.values(), TextWork(make_encoder, dtype, batch_size), shard_entries, engine, on_progress, on_failure)
+    return {requests[key].caption: reason for key, reason in failures.items()}
 
 
-def _key(*parts: object) -> str:
-    return hashlib.blake2b(json.dumps(parts, default=int).encode(), digest_size=16).hexdigest()
-
-
-def _missing(store: ShardStore, wanted: Mapping[str, Input]) -> dict[str, Input]:
+def _build(
+    store: ShardStore,
+    requests: Iterable[Request],
+    work: Work,
+    shard_entries: int,
+    engine: Engine | None,
+    on_progress: OnProgress,
+    on_failure: OnFailure,
+) -> dict[bytes, str]:
     store.remove_abandoned()
     store.refresh()
-    return {key: value for key, value in wanted.items() if key not in store}
-
-
-def _largest_first(size_hw: tuple[int, int]) -> tuple[int, ...]:
-    """Sort key: what does not fit into memory shall fail at once, not after hours."""
-    return -size_hw[0] * size_hw[1], *size_hw
-
-
-# Pictures
-
-
-def _by_picture(views: Iterable[LatentRequest]) -> Iterator[list[LatentRequest]]:
-    """Neighbours that are cut from the same file, so that it is decoded once."""
-    for _, group in groupby(views, key=lambda view: (view.path, view.picture_digest)):
-        yield from _batches(group, _MAX_VIEWS)
-
-
-def _prepare(views: Sequence[LatentRequest], alpha_color: str, max_pixels: int) -> list[Pixels] | BadImage:
-    """The views of one picture, cut out. Raises StorageError."""
-    path = views[0].path
+    todo = Todo(store, requests, shard_entries, on_progress=on_progress, on_failure=on_failure)
     try:
-        picture = load_image(path, alpha_color, max_pixels)
+        with todo:
+            if todo.total:
+                (engine or Local()).run(todo, work, store.folder)
+    finally:
+        store.refresh()
+    store.save_index()
+    return todo.failures
+
+
+# What is done with requests
+
+
+@dataclass(frozen=True)
+class LatentWork:
+    """Pictures to latents. A batch is float32 (B, 3, H, W) in [-1, 1]."""
+
+    make_encoder: Callable[[], LatentEncoder]
+    opener: Opener
+    alpha_color: str
+    max_pixels: int
+    dtype: Dtype
+    batch_size: int
+    not_finite: str = NOT_FINITE
+
+    def build_encoder(self) -> LatentEncoder:
+        return self.make_encoder()
+
+    def together(self, requests: Sequence[LatentRequest]) -> Iterator[Sequence[LatentRequest]]:
+        """Views of one picture, which is decoded once."""
+        groups = groupby(requests, key=lambda request: (request.place, request.picture_digest))
+        return chain.from_iterable(batched(views, _MAX_VIEWS) for _, views in groups)
+
+    def room(self, requests: Sequence[LatentRequest]) -> npt.NDArray[np.float32]:
+        return np.empty((len(requests), 3, *requests[0].crop.target_hw), dtype=np.float32)
+
+    def prepare(self, requests: Sequence[LatentRequest], rows: Sequence[npt.NDArray[np.float32]]) -> str | None:
+        picture = _read(self.opener, requests[0].place, requests[0].picture_digest, self._load)
+        if isinstance(picture, str):
+            return picture
+        for request, row in zip(requests, rows, strict=True):
+            pixels = cropping.apply(picture, request.crop).transpose(2, 0, 1)
+            np.divide(pixels, np.float32(127.5), out=row, dtype=np.float32, casting="unsafe")
+            np.subtract(row, np.float32(1.0), out=row)
+        return None
+
+    def encode(self, encoder: LatentEncoder, rows: npt.NDArray[np.float32], which: Sequence[int]) -> list[Entry]:
+        images = torch.from_numpy(rows if len(which) == len(rows) else rows[which])
+        encoded = encoder.encode(images).to("cpu", getattr(torch, self.dtype))
+        return [{"mean": mean, "std": std} for mean, std in zip(encoded[:, :4], encoded[:, 4:], strict=True)]
+
+    def _load(self, file: io.BytesIO) -> Pixels:
+        return image.load_image(file, self.alpha_color, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class MaskWork:
+    """Masks to the latent grid. A batch is float16 (B, 1, h, w); there is nothing left to encode."""
+
+    opener: Opener
+    max_pixels: int
+    batch_size: int
+    not_finite: str = ""
+
+    def build_encoder(self) -> None:
+        return None
+
+    def together(self, requests: Sequence[MaskRequest]) -> Iterator[Sequence[MaskRequest]]:
+        """Views of one mask, which is decoded once."""
+        groups = groupby(requests, key=lambda request: (request.place, request.mask_digest, request.kind))
+        return chain.from_iterable(batched(views, _MAX_VIEWS) for _, views in groups)
+
+    def room(self, requests: Sequence[MaskRequest]) -> npt.NDArray[np.float16]:
+        height, width = requests[0].crop.target_hw
+        return np.empty((len(requests), 1, height // LATENT_STRIDE, width // LATENT_STRIDE), dtype=np.float16)
+
+    def prepare(self, requests: Sequence[MaskRequest], rows: Sequence[npt.NDArray[np.float16]]) -> str | None:
+        load = image.load_alpha if requests[0].kind == "alpha" else image.load_mask
+        mask = _read(self.opener, requests[0].place, requests[0].mask_digest, lambda file: load(file, self.max_pixels))
+        if isinstance(mask, str):
+            return mask
+        for request, row in zip(requests, rows, strict=True):
+            row[0] = shrink_mask(cropping.apply_mask(mask, request.crop))
+        return None
+
+    def encode(self, encoder: None, rows: npt.NDArray[np.float16], which: Sequence[int]) -> list[Entry]:
+        return [{"mask": torch.from_numpy(rows[row])} for row in which]
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """Captions to embeddings. A batch is a list of captions."""
+
+    make_encoder: Callable[[], CaptionEncoder]
+    dtype: Dtype
+    batch_size: int
+    not_finite: str = TEXT_NOT_FINITE
+
+    def build_encoder(self) -> CaptionEncoder:
+        return self.make_encoder()
+
+    def together(self, requests: Sequence[TextRequest]) -> Iterator[Sequence[TextRequest]]:
+        return batched(requests, self.batch_size)
+
+    def room(self, requests: Sequence[TextRequest]) -> list[str]:
+        return [request.caption for request in requests]
+
+    def prepare(self, requests: Sequence[TextRequest], rows: Sequence[Any]) -> None:
+        return None
+
+    def encode(self, encoder: CaptionEncoder, rows: list[str], which: Sequence[int]) -> list[Entry]:
+        number: torch.dtype = getattr(torch, self.dtype)
+        pairs = encoder.encode([rows[row] for row in which])
+        return [{"prompt_embeds": embeds.to("cpu", number), "pooled": pooled.to("cpu", number)} for embeds, pooled in pairs]
+
+
+def shrink_mask(mask: Mask) -> npt.NDArray[np.float32]:
+    """Means over 8 x 8 pixels of a mask (H, W), as shares of 255: (H / 8, W / 8)."""
+    height, width = mask.shape
+    blocks = mask.reshape(height // LATENT_STRIDE, LATENT_STRIDE, width // LATENT_STRIDE, LATENT_STRIDE)
+    return np.asarray(blocks.sum(axis=(1, 3), dtype=np.uint32) / (255 * LATENT_STRIDE**2), dtype=np.float32)
+
+
+def _read(opener: Opener, place: Place, digest: bytes, load: Callable[[io.BytesIO], Content]) -> Content | str:
+    """A picture's content; or why there is none. Raises StorageError."""
+    with storage_errors("read", Path(place.path)), opener.open(place) as file:
+        content = io.BytesIO(file.read())
+    if image.digest_picture(content) != digest:
+        return FILE_CHANGED
+    content.seek(0)
+    try:
+        return load(content)
     except BadImage as error:
-        return error
-    with storage_errors("read", path):
-        digest = digest_picture(path)
-    if digest != views[0].picture_digest:
-        return BadImage(FILE_CHANGED)
-    return [apply(picture, view.crop) for view in views]
-
-
-@contextlib.contextmanager
-def _ahead(
-    work: Callable[[Input], Result], items: Iterable[Input], num_threads: int | None, *, depth: int
-) -> Iterator[Iterator[tuple[Input, Result]]]:
-    """Each item with the result of its work, in order; threads are up to `depth` results ahead of the reader."""
-    num_threads = num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-
-    def results() -> Iterator[tuple[Input, Result]]:
-        waiting: deque[tuple[Input, Future[Result]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > num_threads + depth:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-
-    try:
-        with quiet_decoders():
-            yield results()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _usable(
-    prepared: Iterable[tuple[Sequence[LatentRequest], list[Pixels] | BadImage]], rejected: dict[str, str]
-) -> Iterator[tuple[str, Pixels]]:
-    """The key and pixels of each view; why a picture has none is put into `rejected`."""
-    for views, pictures in prepared:
-        if isinstance(pictures, BadImage):
-            rejected[views[0].picture_digest] = str(pictures)
-        else:
-            yield from zip((view.key for view in views), pictures, strict=True)
-
-
-def _to_tensor(pictures: Sequence[Pixels]) -> torch.Tensor:
-    """uint8 (H, W, 3) each to float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
-
-
-# Encoding and packing
-
-
-def _encode_all(
-    store: ShardStore,
-    batches: Iterable[list[tuple[str, Input]]],
-    encode: Callable[[Sequence[Input]], list[Entry]],
-    shard_entries: int,
-    on_batch: Callable[[int], None],
-) -> list[str]:
-    """Encodes batches of (key, input) into the store, and returns the keys whose numbers are not finite."""
-    failed: list[str] = []
-    done = 0
-    with _packing(store, shard_entries) as pack:
-        for batch in batches:
-            entries = _encode_finite(encode, [value for _, value in batch])
-            pack({key: entry for (key, _), entry in zip(batch, entries, strict=True) if entry is not None})
-            failed += [key for (key, _), entry in zip(batch, entries, strict=True) if entry is None]
-            done += len(batch)
-            on_batch(done)
-    return failed
-
-
-def _encode_finite(encode: Callable[[Sequence[Input]], list[Entry]], inputs: Sequence[Input]) -> list[Entry | None]:
-    """An entry per input; one that is not finite is tried again alone, and is None if that does not help."""
-
-    def retried(entry: Entry, value: Input) -> Entry | None:
-        if _is_finite(entry):
-            return entry
-        (again,) = encode([value])
-        return again if _is_finite(again) else None
-
-    return [retried(entry, value) for entry, value in zip(encode(inputs), inputs, strict=True)]
-
-
-def _is_finite(entry: Entry) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in entry.values())
-
-
-@contextlib.contextmanager
-def _packing(store: ShardStore, shard_entries: int) -> Iterator[Callable[[Mapping[str, Entry]], None]]:
-    """A function that collects entries and publishes them once there are enough.
-
-    A shard ends where a batch ends: a run that was killed then goes on with the same batches, and makes the same shards.
-    """
-    pending: dict[str, Entry] = {}
-
-    def publish() -> None:
-        entries = dict(pending)
-        pending.clear()  # before the write: one that fails is not tried again on the way out
-        store.write(entries)
-
-    def pack(entries: Mapping[str, Entry]) -> None:
-        pending.update(entries)
-        if len(pending) >= shard_entries:
-            publish()
-
-    try:
-        yield pack
-    finally:
-        publish()
-
-
-def _batches(items: Iterable[Input], size: int) -> Iterator[list[Input]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+        return str(error)
