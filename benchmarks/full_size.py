@@ -88,7 +88,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def cache(folder: Path) -> dict[str, Any]:
-    from aquatint.training.build import cache_run
+    from aquatint.training.caching import cache_run
 
     return {"pictures": cache_run(config(folder)).manifest.listed}
 

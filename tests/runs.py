@@ -34,7 +34,7 @@ def small_config(folder: Path, base: Path, *, pictures: int = 12, **sections: di
     values |= {name: section for name, section in sections.items() if name not in SMALL}
     values["run"].setdefault("folder", str(folder / "runs"))
     values["model"].setdefault("base", str(base))
-    values["data"].setdefault("sources", [{"folder": str(folder / "pictures")}])
+    values["data"].setdefault("sources", [{"path": str(folder / "pictures")}])
     values.setdefault("cache", {}).setdefault("folder", str(folder / "cache"))
     return Config.model_validate(values)
 

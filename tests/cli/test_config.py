@@ -9,7 +9,7 @@ from aquatint.config.load import load_config
 @pytest.fixture
 def good(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('[model]\nbase = "b"\n[[data.sources]]\nfolder = "p"\n')
+    path.write_text('[model]\nbase = "b"\n[[data.sources]]\npath = "p"\n')
     return path
 
 

@@ -14,7 +14,7 @@ def good(tmp_path, tiny_base):
     (pictures / "a.png").touch()
     (pictures / "a.txt").touch()
     path = tmp_path / "run.toml"
-    path.write_text(f'[model]\nbase = "{tiny_base}"\n[[data.sources]]\nfolder = "pictures"\n')
+    path.write_text(f'[model]\nbase = "{tiny_base}"\n[[data.sources]]\npath = "pictures"\n')
     return path
 
 

@@ -21,10 +21,15 @@ LEVELS = {
 }  # fmt: skip
 SAME_LEVEL = {("demo", "training"), ("__main__", "cli"), ("tensor_file", "storage")}  # the only arrows that go sideways
 OWNERS = {  # dependency -> the modules that may import it
-    "PIL": ("aquatint.data.image",),
+    "PIL": ("aquatint.data.image", "aquatint.data.focus"),
     "diffusers": ("aquatint.models.sdxl",),
     "transformers": ("aquatint.models.sdxl",),
-    "matplotlib": ("aquatint.tracking.curves",),
+    "matplotlib": ("aquatint.tracking.curves", "aquatint.data.bucket_plot"),
+    "pyarrow": ("aquatint.data.index", "aquatint.data.manifest", "aquatint.data.indexing", "aquatint.data.cells", "aquatint.data.sources"),
+    "xxhash": ("aquatint.data",),
+    "fsspec": ("aquatint.data.downloads",),
+    "ray": ("aquatint.data.engines",),
+    "smartcrop": ("aquatint.data.focus",),
     "wandb": ("aquatint.tracking.wandb",),
     "tensorboard": ("aquatint.tracking.tensorboard",),
     "torch.utils.tensorboard": ("aquatint.tracking.tensorboard",),
@@ -39,7 +44,12 @@ OWNERS = {  # dependency -> the modules that may import it
 VERSIONS_ONLY = ("aquatint.training.build", "environment")  # names the versions of all in the run's environment.json
 CONFIG_ENTERS = (
     "aquatint.config", "aquatint.cli", "aquatint.planning", "aquatint.demo.run",
-    *(f"aquatint.training.{name}" for name in ("announce", "build", "exports", "preflight", "prepare")),
+    *(
+        f"aquatint.training.{name}"
+        for name in (
+            "announce", "build", "caching", "exports", "find", "focus_points", "layout", "preflight", "prepare", "preview",
+        )
+    ),
 )  # fmt: skip
 
 

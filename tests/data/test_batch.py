@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import pickle
 from dataclasses import fields
 
 import pytest
 import torch
 
-from aquatint.data.batch import Batch, Item, View, pad_prompts
+from aquatint.data.batch import Batch, join_texts, pad_prompts
 
 
 def batch() -> Batch:
@@ -17,15 +16,17 @@ def batch() -> Batch:
         prompt_embeds=torch.ones(2, 77, 8),
         pooled_prompt_embeds=torch.ones(2, 6),
         time_ids=torch.tensor([[3007.0, 1025, 0, 0, 24, 40]] * 2),
+        loss_weights=torch.ones(2),
         names=("a", "b"),
         positions=(6, 7),
+        sources=(0, 0),
     )
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest() -> None:
     moved = batch().to("meta")
     tensors = [value for field in fields(moved) if isinstance(value := getattr(moved, field.name), torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 7
     assert all(tensor.is_meta for tensor in tensors)
     assert (moved.names, moved.positions) == (("a", "b"), (6, 7))
 
@@ -44,13 +45,6 @@ def test_pinning_asks_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pinned.names == ("a", "b")
 
 
-def test_items_are_small_hashable_values_that_can_be_sent_to_workers() -> None:
-    item = Item("a.png", (View("0" * 32, (30, 40, 0, 0, 16, 24)),), ("1" * 32,))
-    assert pickle.loads(pickle.dumps(item)) == item
-    assert {item: 1}[pickle.loads(pickle.dumps(item))] == 1
-    assert not hasattr(item, "__dict__")
-
-
 def test_short_captions_are_followed_by_encoded_empty_chunks() -> None:
     empty = torch.full((77, 2), -1.0)
     prompts = [torch.full((77, 2), 1.0), torch.full((231, 2), 3.0), torch.full((154, 2), 2.0)]
@@ -63,3 +57,12 @@ def test_short_captions_are_followed_by_encoded_empty_chunks() -> None:
 def test_captions_of_one_length_are_not_padded() -> None:
     prompts = [torch.randn(77, 2), torch.randn(77, 2)]
     assert torch.equal(pad_prompts(prompts, torch.zeros(77, 2)), torch.stack(prompts))
+
+
+def test_texts_are_joined_with_zeros_where_asked_for() -> None:
+    texts = [(torch.ones(154, 2).half(), torch.ones(3).half()), (torch.full((77, 2), 2.0).half(), torch.full((3,), 2.0).half())]
+    empty = (torch.full((77, 2), -1.0).half(), torch.full((3,), -1.0).half())
+    prompt_embeds, pooled = join_texts([*texts, empty], empty, [False, False, True])
+    assert prompt_embeds.dtype == pooled.dtype == torch.float32
+    assert prompt_embeds[:, [0, 77], 0].tolist() == [[1, 1], [2, -1], [0, 0]]
+    assert pooled[:, 0].tolist() == [1, 2, 0]

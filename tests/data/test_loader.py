@@ -8,17 +8,19 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from aquatint.data.batch import Batch, Item, View
-from aquatint.data.captions import draw_dropout
-from aquatint.data.loader import BatchReader, stream
-from aquatint.data.sampler import Order
+from aquatint.data.batch import Batch
+from aquatint.data.captions import CaptionPolicy, draw_dropout, render
+from aquatint.data.loader import BatchReader, Draws, Entries, stream
+from aquatint.data.sampler import Group, Order
+from aquatint.data.samples import NO_KEY, Ragged, Samples, Words
 from aquatint.data.shards import CorruptEntry, ShardStore
 from aquatint.diffusion.noise import draw_noise
 from aquatint.diffusion.timesteps import draw_timesteps
@@ -27,73 +29,99 @@ from aquatint.utils.seeds import generator
 
 SHAPES = ((4, 6), (6, 4))  # of latents, one per bucket
 COUNTS = (7, 5)
-EMPTY = "e" * 32
+EMPTY = b"e" * 16
 SEED, BATCH_SIZE, SCALING = 11, 4, 0.13025
 
 # Python 3.12 and later say this when a process with threads forks, as DataLoader does by default
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def latent_key(bucket: int, number: int, view: int) -> str:
-    return f"{bucket}{view}{number:030x}"
+def latent_key(bucket: int, number: int, view: int) -> bytes:
+    return bytes([bucket, view, number]).rjust(16, b"L")
 
 
-def text_key(number: int, variant: int) -> str:
-    return f"a{variant}{number:030x}"
+def text_key(number: int, variant: int) -> bytes:
+    return bytes([variant, number]).rjust(16, b"T")
+
+
+def mask_key(bucket: int, number: int, view: int) -> bytes:
+    """Every other picture has a mask."""
+    return bytes([bucket, view, number]).rjust(16, b"M") if number % 2 else NO_KEY
 
 
 def chunks(number: int) -> int:
     return 1 + number % 3
 
 
-def the_item(bucket: int, number: int, views: int = 4, variants: int = 2) -> Item:
-    height, width = SHAPES[bucket]
-    cuts = tuple(View(latent_key(bucket, number, view), (3001 + number, 2001, view, 0, 8 * height, 8 * width)) for view in range(views))
-    return Item(f"{bucket}/{number}.png", cuts, tuple(text_key(number, variant) for variant in range(variants)))
+def keys(values: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16)
+
+
+def samples_of(counts: tuple[int, ...] = COUNTS, views: int = 4, variants: int = 2) -> Samples:
+    rows = [(bucket, number) for bucket, count in enumerate(counts) for number in range(count)]
+    return Samples(
+        names=Words.of(f"{bucket}/{number}.png" for bucket, number in rows),
+        bucket_starts=np.cumsum([0, *counts]),
+        sources=np.array([number % 2 for _, number in rows], dtype=np.int16),
+        latent_keys=keys(latent_key(*row, view) for row in rows for view in range(views)).reshape(-1, views, 16),
+        time_ids=np.array(
+            [[[3001 + number, 2001, view, 0, *(8 * side for side in SHAPES[bucket])] for view in range(views)] for bucket, number in rows],
+            dtype=np.int32,
+        ),
+        loss_weights=np.array([1 + number for _, number in rows], dtype=np.float32),
+        text_of=Ragged.of([variants] * len(rows)),
+        text_keys=keys(text_key(number, variant) for _, number in rows for variant in range(variants)),
+        text_weights=np.array([[0.75, 0.25] for _ in rows], dtype=np.float32).reshape(-1),
+    )
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardStore, ShardStore]:
-    folder = tmp_path_factory.mktemp("cache")
-    return fill(folder)
+def entries(tmp_path_factory: pytest.TempPathFactory) -> Entries:
+    return fill(tmp_path_factory.mktemp("cache"))
 
 
-def fill(folder: Path) -> tuple[ShardStore, ShardStore]:
-    latents, texts = ShardStore(folder / "latents"), ShardStore(folder / "texts")
+def fill(folder: Path) -> Entries:
+    latents, texts, masks = (ShardStore(folder / name) for name in ("latents", "texts", "masks"))
     random = torch.Generator().manual_seed(0)
     for bucket, (shape, count) in enumerate(zip(SHAPES, COUNTS, strict=True)):
+        places = [(bucket, number, view) for number in range(count) for view in range(4)]
         latents.write(
             {
-                latent_key(bucket, number, view): {
+                latent_key(*place): {
                     "mean": torch.randn(4, *shape, generator=random).half(),
                     "std": torch.rand(4, *shape, generator=random).half(),
                 }
-                for number in range(count)
-                for view in range(4)
+                for place in places
             }
         )
-    captions = {text_key(number, variant): chunks(number) for number in range(max(COUNTS)) for variant in range(2)}
-    texts.write(
-        {
-            key: {"prompt_embeds": torch.randn(77 * length, 8, generator=random).half(), "pooled": torch.randn(5, generator=random).half()}
-            for key, length in (captions | {EMPTY: 1}).items()
-        }
-    )
-    return latents, texts
+        masks.write(
+            {key: {"mask": torch.rand(1, *shape, generator=random).half()} for place in places if (key := mask_key(*place)) != NO_KEY}
+        )
+    captions = {text_key(number, variant): chunks(number) for number in range(max(COUNTS)) for variant in range(2)} | {EMPTY: 1}
+    for length in (1, 2, 3):
+        texts.write(
+            {
+                key: {
+                    "prompt_embeds": torch.randn(77 * length, 8, generator=random).half(),
+                    "pooled": torch.randn(5, generator=random).half(),
+                }
+                for key, own in captions.items()
+                if own == length
+            }
+        )
+    return Entries(latents, texts, masks, SCALING, EMPTY)
 
 
-def reader_of(stores: tuple[ShardStore, ShardStore], **changes: Any) -> BatchReader:
-    buckets = tuple(tuple(the_item(bucket, number) for number in range(count)) for bucket, count in enumerate(COUNTS))
-    settings: dict[str, Any] = {
-        "seed": SEED, "samples_per_step": 8, "scaling_factor": SCALING, "empty_text_key": EMPTY,
-        "flip_prob": 0.3, "dropout_prob": 0.4, "dropout_zeros_share": 0.5,
-    }  # fmt: skip
-    return BatchReader(*stores, buckets, Order(SEED, COUNTS, BATCH_SIZE), **(settings | changes))
+def reader_of(entries: Entries, samples: Samples | None = None, **changes: Any) -> BatchReader:
+    draws = {"seed": SEED, "samples_per_step": 8, "flip_prob": 0.3, "dropout_prob": 0.4, "dropout_zeros_share": 0.5}
+    settings = {name: changes.pop(name) for name in list(changes) if name in draws}
+    order = Order(SEED, tuple((Group(count),) for count in COUNTS), BATCH_SIZE)
+    return BatchReader(entries, samples or samples_of(), order, Draws(**{**draws, **settings}), **changes)
 
 
 @pytest.fixture
-def reader(stores: tuple[ShardStore, ShardStore]) -> BatchReader:
-    return reader_of(stores)
+def reader(entries: Entries) -> BatchReader:
+    return reader_of(entries)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -123,12 +151,15 @@ def test_a_batch_holds_the_samples_of_the_order_at_their_positions(reader: Batch
 
 def test_formats_and_time_ids_are_exact(reader: BatchReader) -> None:
     batch = reader.read(0)
-    assert {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name not in ("names", "positions")} == {
-        "latents": torch.float32, "noise": torch.float32, "timesteps": torch.int64,
-        "prompt_embeds": torch.float32, "pooled_prompt_embeds": torch.float32, "time_ids": torch.float32,
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)}
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "latents": torch.float32, "noise": torch.float32, "timesteps": torch.int64, "prompt_embeds": torch.float32,
+        "pooled_prompt_embeds": torch.float32, "time_ids": torch.float32, "loss_weights": torch.float32,
     }  # fmt: skip
     assert all(float(row[0]) == 3001 + int(name[2]) for row, name in zip(batch.time_ids, batch.names, strict=True))
     assert batch.time_ids[:, 4:].tolist() == [[8 * side for side in batch.latents.shape[2:]]] * 4
+    assert batch.loss_weights.tolist() == [1 + int(name[2]) for name in batch.names]
+    assert batch.sources == tuple(int(name[2]) % 2 for name in batch.names)
 
 
 def test_latents_are_drawn_around_their_mean_and_scaled(reader: BatchReader) -> None:
@@ -137,9 +168,26 @@ def test_latents_are_drawn_around_their_mean_and_scaled(reader: BatchReader) -> 
     eps = draw_noise(SEED, "latent", batch.positions, (4, *SHAPES[bucket]))
     for row, member in enumerate(members):
         view = int(batch.time_ids[row, 2])
-        entry = reader.latents.read(latent_key(bucket, member, view))
+        entry = reader.entries.latents.read(latent_key(bucket, member, view))
         expected = (entry["mean"].float() + entry["std"].float() * eps[row]) * SCALING
         assert torch.equal(batch.latents[row], expected)
+
+
+def test_a_mask_comes_with_its_view_and_is_one_where_there_is_none(entries: Entries) -> None:
+    rows = [(bucket, number) for bucket, count in enumerate(COUNTS) for number in range(count)]
+    masked = replace(samples_of(), mask_keys=keys(mask_key(*row, view) for row in rows for view in range(4)).reshape(-1, 4, 16))
+    reader = reader_of(replace(entries, mask_floor=0.25), masked)
+    bucket, members = reader.order.batch(2)
+    batch = reader.read(2)
+    assert batch.masks is not None
+    assert batch.masks.shape == (4, 1, *SHAPES[bucket])
+    for row, member in enumerate(members):
+        if member % 2:
+            stored = entries.masks.read(mask_key(bucket, member, int(batch.time_ids[row, 2])))["mask"].float()
+            assert torch.equal(batch.masks[row], stored.clamp(min=0.25))
+        else:
+            assert (batch.masks[row] == 1).all()
+    assert reader_of(entries).read(2).masks is None
 
 
 def test_noise_and_timesteps_are_those_of_the_positions(reader: BatchReader) -> None:
@@ -148,23 +196,23 @@ def test_noise_and_timesteps_are_those_of_the_positions(reader: BatchReader) -> 
     assert torch.equal(batch.timesteps, draw_timesteps(SEED, range(20, 24), 8))
 
 
-def test_captions_are_padded_with_the_encoded_empty_text(stores: tuple[ShardStore, ShardStore]) -> None:
-    reader = reader_of(stores, dropout_prob=0.0)
-    empty = reader.texts.read(EMPTY)["prompt_embeds"].float()
+def test_captions_are_padded_with_the_encoded_empty_text(entries: Entries) -> None:
+    reader = reader_of(entries, dropout_prob=0.0)
+    empty = reader.entries.texts.read(EMPTY)["prompt_embeds"].float()
     for index in range(6):
         batch = reader.read(index)
         _, members = reader.order.batch(index)
         longest = max(chunks(member) for member in members)
         assert batch.prompt_embeds.shape == (4, 77 * longest, 8)
         for row, member in enumerate(members):
-            texts = [reader.texts.read(text_key(member, variant)) for variant in range(2)]
+            texts = [reader.entries.texts.read(text_key(member, variant)) for variant in range(2)]
             (text,) = [text for text in texts if torch.equal(text["pooled"].float(), batch.pooled_prompt_embeds[row])]
             parts = [text["prompt_embeds"].float()] + [empty] * (longest - chunks(member))
             assert torch.equal(batch.prompt_embeds[row], torch.cat(parts))
 
 
 def test_a_dropped_caption_is_zeros_or_the_encoded_empty_text_in_both_embeddings(reader: BatchReader) -> None:
-    empty = reader.texts.read(EMPTY)
+    empty = reader.entries.texts.read(EMPTY)
     kinds = set()
     for index in range(12):
         batch = reader.read(index)
@@ -180,63 +228,95 @@ def test_a_dropped_caption_is_zeros_or_the_encoded_empty_text_in_both_embeddings
     assert kinds == {"keep", "zeros", "empty"}
 
 
-def test_a_batch_without_any_caption_has_one_chunk(stores: tuple[ShardStore, ShardStore]) -> None:
+def test_a_batch_without_any_caption_has_one_chunk(entries: Entries) -> None:
     for share in (0.0, 1.0):
-        batch = reader_of(stores, dropout_prob=1.0, dropout_zeros_share=share).read(0)
+        batch = reader_of(entries, dropout_prob=1.0, dropout_zeros_share=share).read(0)
         assert batch.prompt_embeds.shape == (4, 77, 8)
         assert batch.prompt_embeds.any() == (share == 0)
 
 
-def test_views_captions_and_flips_are_drawn_evenly_and_each_on_its_own(stores: tuple[ShardStore, ShardStore]) -> None:
-    reader = reader_of(stores, flip_prob=0.25)
-    item = the_item(0, 0)
-    drawn = [reader._choose_view(item, position) for position in range(4000)]
-    shares = [sum(view == one for view in drawn) / 4000 for one in item.views]
+def test_views_captions_and_flips_are_drawn_evenly_and_each_on_its_own(entries: Entries) -> None:
+    reader = reader_of(entries, flip_prob=0.25)
+    drawn = [reader._choose_view(position) for position in range(4000)]
+    shares = [drawn.count(view) / 4000 for view in range(4)]
     assert shares == pytest.approx([0.375, 0.125, 0.375, 0.125], abs=0.03)
-    unflipped = reader_of(stores, flip_prob=0.0)
-    shares = [sum(unflipped._choose_view(item, position) == one for position in range(4000)) / 4000 for one in item.views]
-    assert shares == pytest.approx([0.25] * 4, abs=0.03)
-    captions = [reader_of(stores, dropout_prob=0.0)._choose(item, position).text_key for position in range(2000)]
-    assert captions.count(item.text_keys[0]) == pytest.approx(1000, abs=100)
+    unflipped = reader_of(entries, flip_prob=0.0)
+    drawn = [unflipped._choose_view(position) for position in range(4000)]
+    assert [drawn.count(view) / 4000 for view in range(4)] == pytest.approx([0.25] * 4, abs=0.03)
+    texts = [reader_of(entries, dropout_prob=0.0)._choose(3, position).text for position in range(2000)]
+    assert set(texts) == {6, 7}
+    assert texts.count(6) == pytest.approx(1500, abs=100), "texts are drawn by their weights"
 
 
-def test_what_is_drawn_for_a_sample_does_not_depend_on_the_batch_size(stores: tuple[ShardStore, ShardStore]) -> None:
-    small, large = (
-        BatchReader(
-            *stores,
-            ((the_item(0, 0),) * 5,),
-            Order(SEED, (5,), batch_size),
-            seed=SEED,
-            samples_per_step=8,
-            scaling_factor=1.0,
-            empty_text_key=EMPTY,
-        )
-        for batch_size in (1, 4)
-    )
+def test_what_is_drawn_for_a_sample_does_not_depend_on_the_batch_size(entries: Entries) -> None:
+    five = samples_of((5,))
+    alike = replace(five, latent_keys=five.latent_keys[[0] * 5], time_ids=five.time_ids[[0] * 5], text_keys=five.text_keys[[0, 1] * 5])
+    small, large = (BatchReader(entries, alike, Order(SEED, ((Group(5),),), batch_size), Draws(SEED, 8)) for batch_size in (1, 4))
     singles = [small.read(index) for index in range(4, 8)]
     four = large.read(1)
     for name in ("latents", "noise", "timesteps", "pooled_prompt_embeds", "time_ids"):
         assert torch.equal(torch.cat([getattr(single, name) for single in singles]), getattr(four, name)), name
 
 
-def test_items_are_read_for_validation_as_they_are(reader: BatchReader) -> None:
-    batch = reader.read_items([the_item(1, 2), the_item(1, 0)])
-    means = torch.stack([reader.latents.read(latent_key(1, number, 0))["mean"].float() for number in (2, 0)])
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_out_what_one_alone_would_read(entries: Entries, world: int) -> None:
+    whole = reader_of(entries, dropout_prob=0.0)
+    ranks = [reader_of(entries, dropout_prob=0.0, rank=rank, world=world) for rank in range(world)]
+    for index in range(8):
+        parts = [rank.read(index) for rank in ranks]
+        expected = whole.read(index)
+        assert sum((part.names for part in parts), ()) == expected.names
+        assert sum((part.positions for part in parts), ()) == expected.positions
+        for name in ("latents", "noise", "timesteps", "pooled_prompt_embeds", "time_ids", "loss_weights"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name)), name
+
+
+def test_a_batch_that_ranks_cannot_share_alike_is_refused(entries: Entries) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 cannot be shared by 3"):
+        reader_of(entries, world=3)
+
+
+def test_captions_that_are_encoded_as_they_come_are_rendered_anew_at_every_position(entries: Entries) -> None:
+    samples = samples_of()
+    policies = (CaptionPolicy(style="tags", shuffle=True, trigger="ohwx"), CaptionPolicy(style="tags", shuffle=True))
+    online = replace(
+        samples, text_keys=np.empty((0, 16), np.uint8), captions=Words.of(["a, b, c, d, e", "f, g"] * len(samples)),
+    )  # fmt: skip
+    reader = reader_of(entries, online, policies=policies)
+    seen = set()
+    for index in range(12):
+        batch = reader.read(index)
+        assert batch.prompt_embeds is None
+        assert batch.pooled_prompt_embeds is None
+        assert batch.captions is not None
+        for caption, position, source in zip(batch.captions, batch.positions, batch.sources, strict=True):
+            kind = draw_dropout(SEED, position, prob=0.4, zeros_share=0.5)
+            rendered = render(["a, b, c, d, e", "f, g"], policies[source], generator(SEED, "caption", position), drop_probs=None)
+            assert caption == {"keep": rendered, "zeros": None, "empty": ""}[kind]
+            assert kind != "keep" or rendered.startswith("ohwx") == (source == 0)
+            seen.add(caption)
+    assert len(seen) > 12
+
+
+def test_pictures_are_read_for_validation_as_they_are(entries: Entries) -> None:
+    samples = samples_of()
+    batch = entries.fixed(samples, [9, 7])
+    means = torch.stack([entries.latents.read(latent_key(1, number, 0))["mean"].float() for number in (2, 0)])
     assert torch.equal(batch.latents, means * SCALING)
     assert not batch.noise.any()
     assert batch.timesteps.tolist() == [0, 0]
     assert batch.names == ("1/2.png", "1/0.png")
-    assert torch.equal(batch.pooled_prompt_embeds[1], reader.texts.read(text_key(0, 0))["pooled"].float())
+    assert torch.equal(batch.pooled_prompt_embeds[1], entries.texts.read(text_key(0, 0))["pooled"].float())
 
 
-def test_buckets_that_do_not_fit_the_order_are_refused(stores: tuple[ShardStore, ShardStore]) -> None:
-    with pytest.raises(ValueError, match=r"hold \[1\] samples, the order is for \(2,\)"):
-        BatchReader(*stores, ((the_item(0, 0),),), Order(0, (2,), 1), seed=0, samples_per_step=1, scaling_factor=1.0, empty_text_key=EMPTY)
+def test_buckets_that_do_not_fit_the_order_are_refused(entries: Entries) -> None:
+    with pytest.raises(ValueError, match="the order is for other buckets"):
+        BatchReader(entries, samples_of(), Order(0, ((Group(2),),), 1), Draws(0, 1))
 
 
 def test_golden_draws(reader: BatchReader) -> None:
     batch = reader.read(7)
-    assert batch.names == ("0/4.png", "0/5.png", "0/6.png", "0/4.png")  # a lap ends inside it
+    assert batch.names == ("0/5.png", "0/1.png", "0/2.png", "0/1.png")  # a lap ends inside it
     assert batch.time_ids[:, 2].tolist() == [0, 1, 2, 0]
     assert batch.timesteps.tolist() == [763, 738, 994, 401]
     assert batch.pooled_prompt_embeds.any(dim=1).tolist() == [False, True, True, True]
@@ -247,7 +327,7 @@ def test_golden_draws(reader: BatchReader) -> None:
 # Streams
 
 
-@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (4, "fork"), (2, "spawn")])
 def test_any_number_and_kind_of_workers_gives_the_same_batches(reader: BatchReader, workers: int, start_method: str | None) -> None:
     expected = [reader.read(index) for index in range(2, 11)]
     state = torch.get_rng_state()
@@ -283,9 +363,9 @@ def damage(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_error_of_a_worker_arrives_as_it_was_raised(tmp_path: Path, workers: int) -> None:
-    stores = fill(tmp_path)
+    entries = fill(tmp_path)
     damage(tmp_path)
-    reader = reader_of(stores)
+    reader = reader_of(entries)
     with pytest.raises(CorruptEntry, match=r"the cached entry .* is damaged") as caught:
         list(stream(reader, 0, 12, workers=workers, prefetch=1, pin=False, start_method="fork" if workers else None))
     assert isinstance(caught.value, StorageError)
@@ -293,11 +373,34 @@ def test_the_error_of_a_worker_arrives_as_it_was_raised(tmp_path: Path, workers:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_of_ours_in_a_worker_is_named_with_the_batch(stores: tuple[ShardStore, ShardStore], workers: int) -> None:
-    reader, before = reader_of(stores, empty_text_key="f" * 32), multiprocessing.active_children()
+def test_a_mistake_of_ours_in_a_worker_is_named_with_the_batch(entries: Entries, workers: int) -> None:
+    reader, before = reader_of(replace(entries, empty_text_key=b"\xff" * 16)), multiprocessing.active_children()
     with pytest.raises(AquatintError, match=r"reading batch 0 failed: .*ffff") as caught:
         list(stream(reader, 0, 12, workers=workers, prefetch=1, pin=False, start_method="fork" if workers else None))
     assert "report" in caught.value.hint
+    assert live_workers(before) == []
+
+
+class Odd(Exception):
+    """Cannot be sent from one process to another: whoever unpickles it does not know what it needs."""
+
+    def __init__(self, *, needed: object) -> None:
+        super().__init__("something odd", needed)
+
+
+class Hopeless(BatchReader):
+    def read(self, batch_index: int) -> Batch:
+        raise Odd(needed=lambda: None)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_an_error_that_cannot_be_sent_is_named_within_ten_seconds(reader: BatchReader, start_method: str) -> None:
+    reader.__class__ = Hopeless
+    before, start = multiprocessing.active_children(), time.monotonic()
+    with pytest.raises(AquatintError, match=r"reading batch 0 failed: .*(Odd|odd)") as caught:
+        list(stream(reader, 0, 12, workers=1, prefetch=1, pin=False, start_method=start_method))
+    assert "report" in caught.value.hint
+    assert time.monotonic() - start < 10
     assert live_workers(before) == []
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from aquatint.config.schema import Config
-from aquatint.data.manifest import ledger_text
+from aquatint.data.ledger import ledger_text
 from aquatint.errors import DataError
-from aquatint.training.build import build_reader, cache_run, train_run
+from aquatint.training.build import build_reader, train_run
+from aquatint.training.caching import cache_run
 from aquatint.training.prepare import Prepared
 from tests import zoo
 from tests.runs import small_config
@@ -45,7 +46,7 @@ def data(folder: Path, tiny_base: Path) -> Prepared:
 
 def test_listed_equals_used_plus_quarantined(data: Prepared):
     manifest = data.manifest
-    assert (manifest.listed, len(manifest.pictures), len(manifest.rejected)) == (101, 89, 12)
+    assert (manifest.listed, len(manifest), len(manifest.rejected)) == (101, 89, 12)
     text = ledger_text(manifest)
     assert text.startswith("101 pictures listed = 89 used + 12 quarantined")
     for specimen in BAD:
@@ -57,10 +58,10 @@ def test_each_used_picture_is_visited_exactly_once_per_lap_and_no_batch_is_short
     """In 4 epochs of n pictures, with 4 in a batch, every bucket ends its fourth lap with a full batch."""
     reader = build_reader(config(folder, tiny_base), data)
     batches = [reader.order.batch(index) for index in range(reader.order.batches_before_epoch(4))]
-    names = Counter(data.train[bucket][item].name for bucket, items in batches for item in items)
+    names = Counter(data.train.names[data.train.bucket(bucket)[row]] for bucket, rows in batches for row in rows)
     assert all(len(items) == 4 for _, items in batches)
     assert set(names.values()) == {4}
-    assert names.keys() == {picture.name for picture in data.manifest.pictures}
+    assert names.keys() == {picture.name for picture in data.manifest.pictures()}
 
 
 def test_broken_pictures_are_remembered_by_content_and_not_decoded_again(data: Prepared, folder: Path, tiny_base: Path):

@@ -25,7 +25,7 @@ def small_spec() -> ModelSpec:
 
 
 def config(**sections) -> Config:
-    return Config.model_validate({"model": {"base": "/none/base.safetensors"}, "data": {"sources": [{"folder": "/none"}]}, **sections})
+    return Config.model_validate({"model": {"base": "/none/base.safetensors"}, "data": {"sources": [{"path": "/none"}]}, **sections})
 
 
 class StubTracer(Tracer):

@@ -25,7 +25,7 @@ def _small(monkeypatch):
 
 
 def small_config(folder, **sections):
-    source = {"folder": str(folder), "repeats": 3}
+    source = {"path": str(folder), "repeats": 3}
     return config(
         **{
             "run": {"name": "portrait"}, "data": {"sources": [source]}, "buckets": {"resolution": 256, "min_side": 128},

@@ -23,7 +23,7 @@ def config_of(tmp_path, tiny_base):
     def build(**sections):
         values = {
             "model": {"base": tiny_base},
-            "data": {"sources": [{"folder": pictures}]},
+            "data": {"sources": [{"path": pictures}]},
             "run": {"folder": tmp_path / "runs"},
             "cache": {"folder": tmp_path / "cache"},
         }
@@ -100,7 +100,7 @@ def test_an_epsilon_base_can_be_retrained_but_not_by_accident(config_of, setting
 
 
 def test_a_missing_folder_is_named_with_the_one_that_was_meant(config_of, tmp_path):
-    problem = only(config_of(data={"sources": [{"folder": tmp_path / "pictuers"}]}))
+    problem = only(config_of(data={"sources": [{"path": tmp_path / "pictuers"}]}))
     assert "there is no folder" in problem.message
     assert str(tmp_path / "pictures") in problem.hint
 
@@ -118,7 +118,7 @@ def test_a_folder_without_pictures_tells_what_lies_there(config_of, tmp_path):
 def test_every_source_is_looked_at(config_of, tmp_path):
     sources = [{"folder": tmp_path / "x"}, {"folder": tmp_path / "pictures"}, {"folder": tmp_path / "y"}]
     found = inspect(Inspection(config_of(data={"sources": sources}), place=lambda key: key))
-    assert [problem.where for problem in found.problems] == ["data.sources.0.folder", "data.sources.2.folder"]
+    assert [problem.where for problem in found.problems] == ["data.sources.0.path", "data.sources.2.path"]
 
 
 def test_missing_captions_are_counted_over_all_pictures_as_the_run_does(config_of, tmp_path):
@@ -207,7 +207,7 @@ def test_settings_without_a_value_are_not_looked_at(config_of, tmp_path):
 
 def test_problems_have_the_place_of_their_setting(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('[model]\nbase = "none"\n\n[[data.sources]]\nfolder = "nowhere"\n')
+    path.write_text('[model]\nbase = "none"\n\n[[data.sources]]\npath = "nowhere"\n')
     draft = read_draft(path, [f"run.folder={os.fspath(path)}/x"])
     problems = inspect(Inspection(draft.config, draft.place, draft.broken)).problems
     assert sorted(problem.where.rpartition(", ")[2] for problem in problems) == ["line 2", "line 5", "the command line"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 GIB = 1 << 30
 NEEDED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "pydantic", "ruamel.yaml", "typer", "rich", "matplotlib")
-OPTIONAL = ("tensorboard", "wandb")
+OPTIONAL = {"tensorboard": "tensorboard", "wandb": "wandb", "s3fs": "remote", "ray": "ray", "smartcrop": "focus"}  # package -> extra
 MIN_VRAM_GIB = 12
 MIN_MEMORY_GIB = 16
 MIN_DISK_GIB = 60
@@ -61,8 +61,8 @@ def check_packages() -> Iterator[Finding]:
     for package in NEEDED:
         found = installed(package)
         yield Finding(package, found or "missing", "" if found else "install aquatint again: `pip install .`")
-    for package in OPTIONAL:
-        yield Finding(package, installed(package) or f"not installed (optional: `pip install aquatint[{package}]`)")
+    for package, extra in OPTIONAL.items():
+        yield Finding(package, installed(package) or f"not installed (optional: `pip install aquatint[{extra}]`)")
 
 
 def installed(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`cache`, `train`, `sample` and `export`: the work."""
+"""`train`, `sample` and `export`: the work."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from aquatint.cli.arguments import ConfigFile, Overrides, checked_config
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+=")  # no prompt begins like that
 
 Checkpoint = Annotated[str | None, typer.Option(metavar="NAME", help="A checkpoint, such as step-000500; the newest if left out.")]
-
-
-def cache(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Encode pictures and captions ahead of training. `train` does it by itself if need be."""
-    from aquatint.training.build import cache_run
-
-    cache_run(checked_config(config, overrides))
 
 
 def train(

@@ -1,4 +1,4 @@
-"""What a training step is given, and what it is made of."""
+"""What a training step is given."""
 
 from __future__ import annotations
 
@@ -9,35 +9,26 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """A cached cut of a picture, with what SDXL is told about it: original h, w; crop top, left; target h, w."""
-
-    latent_key: str
-    time_ids: tuple[int, int, int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A picture of the training set: the cuts and the caption renderings that a sample can be made of."""
-
-    name: str
-    views: tuple[View, ...]
-    text_keys: tuple[str, ...]
-
-
 @dataclass
 class Batch:
-    """Samples of equal shape. `latents` are scaled; `positions` are the samples' numbers in the run, counted from 0."""
+    """Samples of equal shape. `latents` are scaled; `positions` are the samples' numbers in the run, counted from 0.
+
+    The embeddings are missing where texts are encoded as they are needed; `captions` then has the texts, None standing for zeros.
+    `masks` says where the loss counts, and is missing where it counts everywhere.
+    """
 
     latents: torch.Tensor  # (B, 4, h, w) float32
     noise: torch.Tensor  # (B, 4, h, w) float32
     timesteps: torch.Tensor  # (B,) int64
-    prompt_embeds: torch.Tensor  # (B, 77 n, D) float32
-    pooled_prompt_embeds: torch.Tensor  # (B, P) float32
+    prompt_embeds: torch.Tensor | None  # (B, 77 n, D) float32
+    pooled_prompt_embeds: torch.Tensor | None  # (B, P) float32
     time_ids: torch.Tensor  # (B, 6) float32
+    loss_weights: torch.Tensor  # (B,) float32
     names: tuple[str, ...]
     positions: tuple[int, ...]
+    sources: tuple[int, ...]
+    masks: torch.Tensor | None = None  # (B, 1, h, w) float32 in 0..1
+    captions: tuple[str | None, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device; the copy of pinned memory goes on while the CPU does something else."""
@@ -60,3 +51,18 @@ def pad_prompts(prompts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tenso
     """
     length = max(prompt.shape[0] for prompt in prompts)
     return torch.stack([torch.cat([prompt, empty.repeat((length - prompt.shape[0]) // empty.shape[0], 1)]) for prompt in prompts])
+
+
+def join_texts(
+    texts: list[tuple[torch.Tensor, torch.Tensor]], empty: tuple[torch.Tensor, torch.Tensor], zeros: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt embeddings (B, 77 n, D) and pooled embeddings (B, P), float32, of a batch; both are zero where `zeros` says so.
+
+    `texts` holds the embeddings (77 n, D) and (P,) of each sample, `empty` those of the empty text.
+    """
+    prompt_embeds = pad_prompts([embeds for embeds, _ in texts], empty[0]).float()
+    pooled = torch.stack([pooled for _, pooled in texts]).float()
+    nothing = torch.tensor(zeros, device=pooled.device)
+    prompt_embeds[nothing] = 0.0
+    pooled[nothing] = 0.0
+    return prompt_embeds, pooled

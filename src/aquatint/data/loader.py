@@ -1,15 +1,16 @@
 """Batches, read from the cache ahead of the training step.
 
 A batch is a function of its index: what is drawn for a sample depends on the seed and the sample's position in the run
-alone. So neither the number of workers nor a restart changes a batch.
+alone. So neither the number of workers or ranks nor a restart changes a sample.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -18,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from aquatint.data.batch import Batch, Item, View, pad_prompts
-from aquatint.data.captions import draw_dropout
+from aquatint.data.batch import Batch, join_texts
+from aquatint.data.captions import CaptionPolicy, draw_dropout, render
 from aquatint.data.sampler import Order
+from aquatint.data.samples import Samples
 from aquatint.data.shards import ShardStore
 from aquatint.diffusion.noise import draw_noise
 from aquatint.diffusion.timesteps import draw_timesteps
@@ -29,115 +31,167 @@ from aquatint.utils.seeds import generator
 
 
 class Choice(NamedTuple):
-    """What is read for a sample; `text_key` None stands for zeros."""
+    """What is read for a sample: a view of a row, and one of the row's texts, or "zeros", or the "empty" text."""
 
-    name: str
-    view: View
-    text_key: str | None
+    row: int
+    view: int
+    text: int
+    dropout: str  # "keep", "zeros" or "empty"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random about a sample. `samples_per_step` is the number of samples of an optimizer step, which share out the timesteps."""
+
+    seed: int
+    samples_per_step: int
+    flip_prob: float = 0.0
+    dropout_prob: float = 0.0
+    dropout_zeros_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Reads cached entries into batches. `empty_text_key` is that of the encoded empty text. Picklable: workers have a copy each."""
+
+    latents: ShardStore
+    texts: ShardStore
+    masks: ShardStore | None
+    scaling_factor: float
+    empty_text_key: bytes
+    mask_floor: float = 0.0
+
+    def fixed(self, samples: Samples, rows: Sequence[int]) -> Batch:
+        """Pictures of one shape as they are, for validation: first view, first text, mean latents; no noise, timesteps 0."""
+        choices = [Choice(row, 0, samples.text_of[row][0], "keep") for row in rows]
+        mean, _ = self.read_latents(samples, choices)
+        batch = self.batch(samples, choices, range(len(rows)), mean, torch.zeros_like(mean), torch.zeros(len(rows), dtype=torch.int64))
+        return self.with_texts(batch, samples, choices)
+
+    def read_latents(self, samples: Samples, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (B, 4, h, w), float32, unscaled."""
+        entries = self.latents.read_batch([samples.latent_key(choice.row, choice.view) for choice in choices])
+        return entries["mean"].float(), entries["std"].float()
+
+    def batch(
+        self,
+        samples: Samples,
+        choices: Sequence[Choice],
+        positions: Sequence[int],
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> Batch:
+        """The batch without its texts. Latents are unscaled (B, 4, h, w)."""
+        rows = [choice.row for choice in choices]
+        return Batch(
+            latents=latents * self.scaling_factor,
+            noise=noise,
+            timesteps=timesteps,
+            prompt_embeds=None,
+            pooled_prompt_embeds=None,
+            time_ids=torch.tensor([samples.time_ids[choice.row, choice.view].tolist() for choice in choices], dtype=torch.float32),
+            loss_weights=torch.from_numpy(samples.loss_weights[rows]),
+            names=tuple(samples.names[row] for row in rows),
+            positions=tuple(positions),
+            sources=tuple(int(samples.sources[row]) for row in rows),
+            masks=self._read_masks(samples, choices, tuple(latents.shape[2:])) if samples.has_masks else None,
+        )
+
+    def with_texts(self, batch: Batch, samples: Samples, choices: Sequence[Choice]) -> Batch:
+        """The batch with the cached embeddings of its texts."""
+        texts = [self._empty if choice.dropout != "keep" else self._read_text(samples.text_key(choice.text)) for choice in choices]
+        prompt_embeds, pooled = join_texts(texts, self._empty, [choice.dropout == "zeros" for choice in choices])
+        return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
+
+    def _read_text(self, key: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = self.texts.read(key)
+        return entry["prompt_embeds"], entry["pooled"]
+
+    @cached_property
+    def _empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._read_text(self.empty_text_key)
+
+    def _read_masks(self, samples: Samples, choices: Sequence[Choice], size_hw: tuple[int, ...]) -> torch.Tensor:
+        """(B, 1, h, w) float32, at least `mask_floor` everywhere; 1 where a picture has no mask."""
+        assert self.masks is not None
+        keys = [samples.mask_key(choice.row, choice.view) for choice in choices]
+        masks = [torch.ones(1, *size_hw) if key is None else self.masks.read(key)["mask"].float() for key in keys]
+        return torch.stack(masks).clamp_(min=self.mask_floor)
 
 
 class BatchReader:
     """Makes batches of the run out of cached entries. Picklable: workers have one each.
 
-    `buckets` holds the pictures of each bucket, repeats included, as `order` counts them. With `flip_prob` above 0 each view of an
-    item is followed by its mirror image. `samples_per_step` is the number of samples of an optimizer step, which share
-    out the timesteps.
+    `order` counts the rows of each bucket of `samples`. `policy` renders captions where texts are encoded as they are
+    needed, with the trigger words of their source. Of each batch, rank `rank` of `world` reads its share: together the
+    ranks read what one alone would.
     """
 
     def __init__(
         self,
-        latents: ShardStore,
-        texts: ShardStore,
-        buckets: tuple[tuple[Item, ...], ...],
+        entries: Entries,
+        samples: Samples,
         order: Order,
+        draws: Draws,
         *,
-        seed: int,
-        samples_per_step: int,
-        scaling_factor: float,
-        empty_text_key: str,
-        flip_prob: float = 0.0,
-        dropout_prob: float = 0.0,
-        dropout_zeros_share: float = 0.0,
+        policies: tuple[CaptionPolicy, ...] = (),
+        drop_probs: dict[str, float] | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        if tuple(len(bucket) for bucket in buckets) != order.counts:
-            raise ValueError(f"the buckets hold {[len(bucket) for bucket in buckets]} samples, the order is for {order.counts}")
-        self.latents, self.texts, self.buckets, self.order = latents, texts, buckets, order
-        self.seed, self.samples_per_step, self.scaling_factor = seed, samples_per_step, scaling_factor
-        self.empty_text_key, self.flip_prob = empty_text_key, flip_prob
-        self.dropout_prob, self.dropout_zeros_share = dropout_prob, dropout_zeros_share
+        if [len(rows) for rows in samples.buckets()] != [sum(group.count for group in bucket) for bucket in order.buckets]:
+            raise ValueError("the order is for other buckets than the samples have")
+        if order.batch_size % world:
+            raise ValueError(f"a batch of {order.batch_size} cannot be shared by {world} processes alike")
+        self.entries, self.samples, self.order, self.draws = entries, samples, order, draws
+        self.policies, self.drop_probs = policies, drop_probs
+        self.rank, self.world = rank, world
 
     def read(self, batch_index: int) -> Batch:
-        """Batch `batch_index` of the run. Raises StorageError, and CorruptEntry for an entry that is damaged."""
+        """This rank's share of batch `batch_index`. Raises StorageError, and CorruptEntry for an entry that is damaged."""
         bucket, members = self.order.batch(batch_index)
-        first = batch_index * self.order.batch_size
-        positions = range(first, first + self.order.batch_size)
-        choices = [self._choose(self.buckets[bucket][member], position) for member, position in zip(members, positions, strict=True)]
-        mean, std = self._read_latents(choices)
+        size = self.order.batch_size // self.world
+        mine = range(self.rank * size, (self.rank + 1) * size)
+        positions = [batch_index * self.order.batch_size + place for place in mine]
+        first_row = self.samples.bucket(bucket).start
+        choices = [self._choose(first_row + members[place], position) for place, position in zip(mine, positions, strict=True)]
+        mean, std = self.entries.read_latents(self.samples, choices)
         _, channels, height, width = mean.shape
-        eps = draw_noise(self.seed, "latent", positions, (channels, height, width))
-        noise = draw_noise(self.seed, "noise", positions, (channels, height, width))
-        timesteps = draw_timesteps(self.seed, positions, self.samples_per_step)
-        return self._batch(choices, positions, mean + std * eps, noise, timesteps)
+        shape = (channels, height, width)
+        eps = draw_noise(self.draws.seed, "latent", positions, shape)
+        noise = draw_noise(self.draws.seed, "noise", positions, shape)
+        timesteps = draw_timesteps(self.draws.seed, positions, self.draws.samples_per_step)
+        batch = self.entries.batch(self.samples, choices, positions, mean + std * eps, noise, timesteps)
+        if self.samples.captions is not None:
+            return replace(batch, captions=tuple(map(self._render, choices, positions)))
+        return self.entries.with_texts(batch, self.samples, choices)
 
-    def read_items(self, items: Sequence[Item]) -> Batch:
-        """Items of one shape as they are, for validation: first view, first caption, mean latents; no noise, timesteps 0."""
-        choices = [Choice(item.name, item.views[0], item.text_keys[0]) for item in items]
-        mean, _ = self._read_latents(choices)
-        return self._batch(choices, range(len(items)), mean, torch.zeros_like(mean), torch.zeros(len(items), dtype=torch.int64))
-
-    def _choose(self, item: Item, position: int) -> Choice:
+    def _choose(self, row: int, position: int) -> Choice:
         """The random choices of one sample, each from a stream of its own."""
-        kind = draw_dropout(self.seed, position, prob=self.dropout_prob, zeros_share=self.dropout_zeros_share)
-        text_keys: dict[str, str | None] = {"zeros": None, "empty": self.empty_text_key}
-        text_keys["keep"] = item.text_keys[self._draw_index("text-variant", position, len(item.text_keys))]
-        return Choice(item.name, self._choose_view(item, position), text_keys[kind])
+        draws = self.draws
+        dropout = draw_dropout(draws.seed, position, prob=draws.dropout_prob, zeros_share=draws.dropout_zeros_share)
+        text = self.samples.text_of[row][0]
+        if self.samples.captions is None:
+            text = self.samples.draw_text(row, generator(draws.seed, "text-variant", position).random())
+        return Choice(row, self._choose_view(position), text, dropout)
 
-    def _choose_view(self, item: Item, position: int) -> View:
-        if self.flip_prob == 0:
-            return item.views[self._draw_index("view", position, len(item.views))]
-        variant = self._draw_index("view", position, len(item.views) // 2)
-        flipped = generator(self.seed, "flip", position).random() < self.flip_prob
-        return item.views[2 * variant + flipped]
+    def _choose_view(self, position: int) -> int:
+        views, seed = self.samples.num_views, self.draws.seed
+        if self.draws.flip_prob == 0:
+            return int(views * generator(seed, "view", position).random())
+        variant = int(views // 2 * generator(seed, "view", position).random())
+        flipped = generator(seed, "flip", position).random() < self.draws.flip_prob
+        return 2 * variant + flipped
 
-    def _draw_index(self, stream: str, position: int, count: int) -> int:
-        return int(count * generator(self.seed, stream, position).random())
-
-    def _read_latents(self, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (B, 4, h, w), float32, unscaled."""
-        entries = [self.latents.read(choice.view.latent_key) for choice in choices]
-        return torch.stack([entry["mean"] for entry in entries]).float(), torch.stack([entry["std"] for entry in entries]).float()
-
-    def _read_texts(self, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt embeddings (B, 77 n, D) and pooled embeddings (B, P), float32; both are zero where there is no text."""
-        entries = [self._read_text(choice.text_key or self.empty_text_key) for choice in choices]
-        prompt_embeds = pad_prompts([entry["prompt_embeds"] for entry in entries], self._empty_text["prompt_embeds"]).float()
-        pooled = torch.stack([entry["pooled"] for entry in entries]).float()
-        zeros = torch.tensor([choice.text_key is None for choice in choices])
-        prompt_embeds[zeros] = 0.0
-        pooled[zeros] = 0.0
-        return prompt_embeds, pooled
-
-    def _read_text(self, key: str) -> dict[str, torch.Tensor]:
-        return self._empty_text if key == self.empty_text_key else self.texts.read(key)
-
-    @cached_property
-    def _empty_text(self) -> dict[str, torch.Tensor]:
-        return self.texts.read(self.empty_text_key)
-
-    def _batch(
-        self, choices: Sequence[Choice], positions: Sequence[int], latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> Batch:
-        prompt_embeds, pooled = self._read_texts(choices)
-        return Batch(
-            latents=latents * self.scaling_factor,
-            noise=noise,
-            timesteps=timesteps,
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled,
-            time_ids=torch.tensor([choice.view.time_ids for choice in choices], dtype=torch.float32),
-            names=tuple(choice.name for choice in choices),
-            positions=tuple(positions),
-        )
+    def _render(self, choice: Choice, position: int) -> str | None:
+        """The caption of a sample as it is encoded; None stands for zeros."""
+        if choice.dropout != "keep":
+            return {"zeros": None, "empty": ""}[choice.dropout]
+        assert self.samples.captions is not None
+        captions = [self.samples.captions[text] for text in self.samples.text_of[choice.row]]
+        policy = self.policies[int(self.samples.sources[choice.row])]
+        return render(captions, policy, generator(self.draws.seed, "caption", position), drop_probs=self.drop_probs)
 
 
 def stream(
@@ -150,17 +204,18 @@ def stream(
     """
     if start >= end:
         return
-    loader = DataLoader(
-        _Reads(reader),
-        batch_size=None,
-        sampler=range(start, end),
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin,
-        multiprocessing_context=start_method if workers else None,
-        worker_init_fn=_leave_signals_to_parent,
-        generator=torch.Generator(),  # not the global one: reading ahead must not change what others draw
-    )
+    with _without_advice():
+        loader = DataLoader(
+            _Reads(reader),
+            batch_size=None,
+            sampler=range(start, end),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=pin,
+            multiprocessing_context=start_method if workers else None,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # not the global one: reading ahead must not change what others draw
+        )
     batches, processes = _start(loader)
     try:
         for index in range(start, end):
@@ -168,6 +223,14 @@ def stream(
     finally:
         if workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]  # now, and not when the last traceback is forgotten
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without DataLoader's remark on more workers than cores: the user has asked for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
 
 
 @dataclass(frozen=True)
@@ -203,7 +266,7 @@ def _start(loader: Loader) -> tuple[Iterator[Batch | _Failure], list[BaseProcess
     """
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD)
     try:
-        with _named_errors("starting the processes that read batches"):
+        with _named_errors("starting the processes that read batches"), _without_advice():
             batches = iter(loader)
     finally:
         if signal.getsignal(signal.SIGCHLD) is not handler:

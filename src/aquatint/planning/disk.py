@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
+from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
-from aquatint.planning.memory import DTYPE_BYTES, Part, gib, largest_bucket, state_parts
+from aquatint.planning.memory import DTYPE_BYTES, Part, gib, state_parts
+from aquatint.planning.shapes import largest_bucket
 from aquatint.planning.trace import PX_PER_LATENT, TOKENS
 
 
@@ -32,7 +34,8 @@ def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     sides = (height // PX_PER_LATENT, width // PX_PER_LATENT)
     latent: int = 2 * prod((spec.unet["in_channels"], *sides)) * DTYPE_BYTES[config.cache.latent_dtype]
     text: int = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
-    return views_per_picture(config) * latent + config.captions.variants * text * DTYPE_BYTES[config.cache.text_dtype]
+    texts = 0 if encodes_online(config.captions) else config.captions.variants
+    return views_per_picture(config) * latent + texts * text * DTYPE_BYTES[config.cache.text_dtype]
 
 
 def plan_disk(config: Config, spec: ModelSpec, num_pictures: int) -> tuple[Part, ...]:

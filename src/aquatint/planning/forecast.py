@@ -13,8 +13,9 @@ from typing import Any
 from aquatint.config.schema import Config
 from aquatint.data.buckets import MIN_AREA_SHARE
 from aquatint.planning.disk import views_per_picture
-from aquatint.planning.memory import Tracer, largest_bucket, makes_samples, weight_dtype
+from aquatint.planning.memory import Tracer, makes_samples, weight_dtype
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number
+from aquatint.planning.shapes import largest_bucket
 from aquatint.tracking.files import read_rows
 
 TERA = 1e12

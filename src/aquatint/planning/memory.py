@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
-from aquatint.data.buckets import candidates
 from aquatint.models.sdxl.model import ModelSpec
+from aquatint.planning.shapes import largest_bucket
 
 if TYPE_CHECKING:
     from aquatint.planning.trace import PassCost, StepCost
@@ -130,15 +131,6 @@ def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -
     return MemoryPlan(tuple(phases), size_hw)
 
 
-def largest_bucket(config: Config) -> tuple[int, int]:
-    """Height and width of the bucket with the most pixels, the squarest of them. Raises UsageError if there is none."""
-    section = config.buckets
-    sides = {"min_side": section.min_side, "max_side": section.max_side}
-    shapes = candidates(resolution=section.resolution, step=section.step, max_aspect=section.max_aspect, **sides)
-    height, width = max(shapes.tolist(), key=lambda shape: (shape[0] * shape[1], -abs(shape[0] - shape[1])))
-    return height, width
-
-
 def makes_samples(config: Config) -> bool:
     """Whether pictures are made during the run."""
     return config.samples.every is not None and bool(config.samples.prompts)
@@ -169,12 +161,13 @@ def _resident(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
 
 def _training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
     traced = tracer.step(config, size_hw)
+    texts = _encoding_captions(spec).parts if encodes_online(config.captions) else ()
     weights = spec.num_parameters("unet")
     alone = [f"gradients {gib(weights * DTYPE_BYTES[weight_dtype(config)])}", f"activations {gib(traced.activations)}"]
     if config.training.precision == "bf16_mixed":
         alone.append(f"bf16 copies of the weights {gib(weights * DTYPE_BYTES['bfloat16'])}")
     note = f"the most at one time; alone: {', '.join(alone)}"
-    return Phase("training", (*_resident(config, spec), Part("gradients and activations", traced.peak, note)))
+    return Phase("training", (*_resident(config, spec), *texts, Part("gradients and activations", traced.peak, note)))
 
 
 def _sampling(config: Config, spec: ModelSpec, tracer: Tracer) -> Phase:

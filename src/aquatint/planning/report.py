@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aquatint.config.schema import Config
-from aquatint.data.sources.folder import list_folder
+from aquatint.config.schema import Config, SourceSection
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning.disk import plan_disk
 from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.memory import MemoryPlan, Part, Saving, Tracer, gib, plan_memory, savings
-from aquatint.planning.schedule import StepPlan, count, expected_held_out, plan_steps
+from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps
+from aquatint.planning.sources import exactly, is_remote, list_source, sources_of
 
 NAME_WIDTH, SIZE_WIDTH = 28, 11
 
@@ -19,7 +19,7 @@ NAME_WIDTH, SIZE_WIDTH = 28, 11
 def plan_text(config: Config) -> str:
     """Everything that can be known beforehand. Needs neither weights nor a GPU. Raises UsageError for an unusable base."""
     spec, remark = find_spec(config)
-    pictures = [len(list_folder(source.folder, source.caption_extension).paths) for source in config.data.sources]
+    pictures = [0 if is_remote(source) else list_source(source).num_pictures for source in sources_of(config)]
     tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
     memory = plan_memory(config, spec, tracer)
     blocks = [
@@ -40,15 +40,19 @@ def find_spec(config: Config) -> tuple[ModelSpec, str]:
 
 
 def held_out_pictures(config: Config, pictures: Sequence[int]) -> int:
-    """About how many are not trained."""
-    return expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
+    """About how many are not trained: those of sources for validation, or else a share of all."""
+    apart = sum(found for source, found in zip(config.data.sources, pictures, strict=True) if source.role == "validation")
+    return apart or expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
 
 
 def plan_of_steps(config: Config, pictures: Sequence[int]) -> StepPlan | None:
     """The steps of the run, or None if there is nothing to train on. `pictures` are the files found in each source."""
-    samples = sum(found * source.repeats for source, found in zip(config.data.sources, pictures, strict=True))
-    if held_out := held_out_pictures(config, pictures):
-        samples = round(samples * (1 - held_out / sum(pictures)))
+    trained = [(source, found) for source, found in zip(config.data.sources, pictures, strict=True) if source.role != "validation"]
+    samples = float(sum(found * exactly(source.repeats) for source, found in trained if source.share is None))
+    samples /= 1 - sum(source.share or 0.0 for source, found in trained if found)
+    if len(trained) == len(pictures) and (held_out := held_out_pictures(config, pictures)):
+        samples *= 1 - held_out / sum(pictures)
+    samples = round(samples)
     training = config.training
     return plan_steps(samples, training.batch_size, training.accumulation_steps, training.length) if samples else None
 
@@ -56,12 +60,21 @@ def plan_of_steps(config: Config, pictures: Sequence[int]) -> StepPlan | None:
 def steps_lines(config: Config, pictures: Sequence[int], steps: StepPlan | None) -> list[str]:
     """From pictures to steps."""
     lines = [
-        f"{source.folder}: {count(found, 'picture')} × {count(source.repeats, 'repeat')} = {found * source.repeats:,}"
-        for source, found in zip(config.data.sources, pictures, strict=True)
-    ]
+        f"{source.path}: {_uses(source, found)}" for source, found in zip(config.data.sources, pictures, strict=True)
+    ]  # fmt: skip
     if held_out := held_out_pictures(config, pictures):
         lines.append(f"about {count(held_out, 'picture')} of these for validation only")
     return [*lines, *(steps.lines() if steps else ["there is nothing to train on yet"])]
+
+
+def _uses(source: SourceSection, found: int) -> str:
+    """How often the pictures of a source are shown."""
+    if source.role == "validation":
+        return f"{count(found, 'picture')} for validation only"
+    if source.share is not None:
+        return f"{count(found, 'picture')}, {source.share:.0%} of all samples"
+    times = f"{number(source.repeats)} {'repeat' if source.repeats == 1 else 'repeats'}"
+    return f"{count(found, 'picture')} × {times} = {found * source.repeats:,.0f}"
 
 
 def memory_lines(plan: MemoryPlan, batch_size: int) -> list[str]:

@@ -18,11 +18,11 @@ NAMES = {"epsilon": "epsilon (the noise)", "v_prediction": "v_prediction"}
 def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
     """One line per fact: pictures, buckets, steps, objective, and what will train."""
     manifest = data.manifest
-    yield f"pictures    {manifest.listed} listed = {len(manifest.pictures)} used + {len(manifest.rejected)} quarantined (see ledger.txt)"
-    if data.held_out:
-        which = "held out for validation" if config.validation.share else "of the training set are used for validation"
-        yield f"            {sum(map(len, data.held_out))} {which}"
-    yield f"buckets     {report_text(data.bucket_rows).splitlines()[-1]} (see buckets.txt)"
+    yield f"pictures    {manifest.listed} listed = {len(manifest)} used + {len(manifest.rejected)} left out (see ledger.txt)"
+    if len(data.held_out):
+        which = "of the training set are used for validation" if data.layout.held_out_is_trained else "held out for validation"
+        yield f"            {len(data.held_out)} {which}"
+    yield f"buckets     {report_text(data.layout.report).splitlines()[-1]} (see buckets.txt)"
     if manifest.warnings:
         yield f"warnings    {len(manifest.warnings)} about the pictures, in ledger.txt; the first: {manifest.warnings[0]}"
     section = config.training

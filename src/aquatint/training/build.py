@@ -18,18 +18,17 @@ from aquatint.config.schema import Config, dump
 from aquatint.data.batch import Batch
 from aquatint.data.buckets import report_text
 from aquatint.data.image import contact_sheet, save_png
-from aquatint.data.loader import BatchReader, stream
-from aquatint.data.manifest import ledger_text
+from aquatint.data.ledger import write_ledger
+from aquatint.data.loader import BatchReader, Draws, stream
 from aquatint.data.sampler import Order
 from aquatint.diffusion.schedule import sdxl_schedule
 from aquatint.diffusion.timesteps import midpoint_timesteps
 from aquatint.diffusion.weighting import loss_weights
 from aquatint.errors import Interrupted, UsageError
 from aquatint.models.sdxl.load import BaseModel, open_base
-from aquatint.models.sdxl.model import VAE_SCALING_FACTOR
 from aquatint.optim.create import create_optimizer
 from aquatint.optim.lr import learning_rate_factor
-from aquatint.storage import append_text, check_writable, folder_lock, write_json, write_text
+from aquatint.storage import append_text, check_writable, folder_lock, shared_lock, write_json, write_text
 from aquatint.tensor_file import LazyTensor
 from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
@@ -39,6 +38,7 @@ from aquatint.training.announce import announcement
 from aquatint.training.checkpoint import Trained
 from aquatint.training.ema import Ema
 from aquatint.training.exports import export_model
+from aquatint.training.online_text import encoded
 from aquatint.training.parallelize import choose_device, ready_for_training, weight_dtype
 from aquatint.training.prepare import Prepared, prepare
 from aquatint.training.resume import accept_config
@@ -56,7 +56,13 @@ def train_run(config: Config, *, accept_changes: bool = False) -> TrainResult:
     """Trains, or goes on training, and exports at the end. Raises AquatintError; Interrupted after a requested stop."""
     folder = config.run.folder / config.run.name
     check_writable(folder)
-    with folder_lock(folder), logged(partial(append_text, folder / "run.log")), contextlib.ExitStack() as stack:
+    check_writable(config.cache.folder)
+    with (
+        folder_lock(folder),
+        shared_lock(config.cache.folder),
+        logged(partial(append_text, folder / "run.log")),
+        contextlib.ExitStack() as stack,
+    ):
         built = build_run(config, folder, stack, accept_changes=accept_changes)
         stop = stack.enter_context(graceful_stop())
         result = train(built.run, stop)
@@ -74,12 +80,6 @@ def train_run(config: Config, *, accept_changes: bool = False) -> TrainResult:
     exported = export_model(built.base, weights, target, config.export, config.run.name, objective, config.buckets.resolution)
     plot_losses(folder / "metrics.jsonl", folder / "loss.png")
     return TrainResult(result.state, folder, stopped=False, exported=exported)
-
-
-def cache_run(config: Config) -> Prepared:
-    """Encodes whatever is missing in the cache, and trains nothing."""
-    check_writable(config.cache.folder)
-    return prepare(config, open_base(config.model.base, config.model.vae), say=say)
 
 
 def choose_objective(config: Config, base: BaseModel) -> Objective:
@@ -136,8 +136,8 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         say(f"warning: {note}")
     accept_config(folder, dump(config), resuming=latest is not None, accept_changes=accept_changes, say=say)
     data = prepare(config, base, say=say)
-    write_text(folder / "ledger.txt", ledger_text(data.manifest))
-    write_text(folder / "buckets.txt", report_text(data.bucket_rows))
+    write_ledger(data.manifest, folder)
+    write_text(folder / "buckets.txt", report_text(data.layout.report))
     write_json(folder / "config.json", dump(config))
     write_json(folder / "environment.json", environment())
     parts, trained, total_steps = build_parts(config, base, objective, data)
@@ -154,7 +154,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         folder=folder,
         parts=parts,
         state=state,
-        stream=lambda state: batches_from(config, reader, state, total_steps),
+        stream=lambda state: batches_from(config, base, reader, state, total_steps),
         accumulation_steps=config.training.accumulation_steps,
         total_steps=total_steps,
         max_bad_steps=config.training.max_bad_steps,
@@ -162,7 +162,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         display=display,
     )
     saver = Saver(checkpoints, trained, data.digest, config.checkpoints.keep, display)
-    looks = look_tasks(config, base, objective, data, reader, run, tracker)
+    looks = look_tasks(config, base, objective, data, run, tracker)
     run.tasks = build_tasks(config, data, run, tracker, looks, saver)
     if state.step == 0:
         for task in looks:
@@ -201,20 +201,21 @@ def samples_per_step(config: Config) -> int:
 
 
 def build_reader(config: Config, data: Prepared) -> BatchReader:
-    order = Order(config.run.seed, tuple(len(group) for group in data.train), config.training.batch_size)
-    return BatchReader(
-        data.latents, data.texts, data.train, order, seed=config.run.seed, samples_per_step=samples_per_step(config),
-        scaling_factor=VAE_SCALING_FACTOR, empty_text_key=data.text_keys[""], flip_prob=config.crop.flip_prob,
-        dropout_prob=config.captions.dropout_prob, dropout_zeros_share=config.captions.dropout_zeros_share,
+    order = Order(config.run.seed, data.layout.groups, config.training.batch_size)
+    draws = Draws(
+        config.run.seed, samples_per_step(config), flip_prob=config.crop.flip_prob, dropout_prob=config.captions.dropout_prob,
+        dropout_zeros_share=config.captions.dropout_zeros_share,
     )  # fmt: skip
+    return BatchReader(data.entries, data.train, order, draws, policies=data.layout.policies, drop_probs=data.layout.drop_probs)
 
 
-def batches_from(config: Config, reader: BatchReader, state: TrainState, total_steps: int) -> Generator[Batch]:
+def batches_from(config: Config, base: BaseModel, reader: BatchReader, state: TrainState, total_steps: int) -> Generator[Batch]:
     """The batches that are still to come: their numbers follow from the samples seen."""
     start = state.samples_seen // config.training.batch_size
     end = total_steps * config.training.accumulation_steps
-    pin = choose_device(config.training.device).type == "cuda"
-    return stream(reader, start, end, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=pin)
+    device = choose_device(config.training.device)
+    batches = stream(reader, start, end, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=device.type == "cuda")
+    return batches if reader.samples.captions is None else encoded(batches, base.caption_encoder(device))
 
 
 def open_trackers(config: Config, folder: Path, step: int) -> Tracker:
@@ -241,18 +242,16 @@ def open_wandb(config: Config, folder: Path) -> Tracker:
     )
 
 
-def look_tasks(
-    config: Config, base: BaseModel, objective: Objective, data: Prepared, reader: BatchReader, run: Run, tracker: Tracker
-) -> tuple[Task, ...]:
+def look_tasks(config: Config, base: BaseModel, objective: Objective, data: Prepared, run: Run, tracker: Tracker) -> tuple[Task, ...]:
     """The tasks that look at the model: validation and sample pictures."""
     tasks = []
     if config.validation.every is not None:
         timesteps = midpoint_timesteps(config.validation.timesteps, terminal=objective.schedule.zero_terminal_snr)
-        chosen = ValidationSet(data.held_out, tuple(timesteps), config.training.batch_size)
+        chosen = ValidationSet(data.entries, data.held_out, tuple(timesteps), config.training.batch_size)
         every = Every(config.validation.every, data.samples_per_epoch)
-        tasks.append(Task(every, validate_action(run.parts, reader, chosen, tracker, run.display)))
+        tasks.append(Task(every, validate_action(run.parts, chosen, tracker, run.display)))
     if config.samples.every is not None and config.samples.prompts:
-        entries = {prompt: data.texts.read(key) for prompt, key in data.text_keys.items()}
+        entries = {prompt: data.stores.texts.read(key) for prompt, key in data.layout.prompts.items()}
         embeds = {prompt: (entry["prompt_embeds"], entry["pooled"]) for prompt, entry in entries.items()}
         request = replace(sample_request(config, base, run.parts.device, embeds), autocast=run.parts.autocast)
         every = Every(config.samples.every, data.samples_per_epoch)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from aquatint.config.check import REMARKS, find
 from aquatint.config.schema import Config
-from aquatint.data.sources.folder import Listing, list_folder
-from aquatint.errors import AquatintError, Problem, StorageError
+from aquatint.errors import AquatintError, DataError, Problem, StorageError
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.planning.disk import cache_bytes_per_picture, export_bytes
+from aquatint.planning.sources import Listing, is_remote, list_source, sources_of
 from aquatint.storage import check_writable, free_bytes
 
 EMA_BYTES = 4
@@ -61,7 +61,7 @@ def inspect(found: Inspection) -> Inspection:
     base = _inspect_base(found) if found.knows("model.base") else None
     listings = _list_sources(found)
     _inspect_captions(found, listings)
-    num_pictures = sum(len(listing.paths) for listing in listings.values())
+    num_pictures = sum(listing.num_pictures for listing in listings.values())
     _inspect_amount(found, num_pictures)
     if found.knows("run.folder", "run.name", "cache.folder"):
         _inspect_folders(found)
@@ -121,19 +121,26 @@ def _compare_prediction(found: Inspection, base: BaseModel) -> None:
 
 
 def _list_sources(found: Inspection) -> dict[int, Listing]:
-    """What lies in each source that can be read, by the source's index."""
+    """What each source lists that can be read, by the source's index."""
     listings = {}
-    for index, source in enumerate(found.config.data.sources):
-        key = f"data.sources.{index}.folder"
-        if not found.knows(key, f"data.sources.{index}.caption_extension"):
+    for index, source in enumerate(sources_of(found.config)):
+        key = f"data.sources.{index}.path"
+        if not found.knows(key, *(f"data.sources.{index}.{name}" for name in ("kind", "caption_extensions"))):
             continue
-        if not source.folder.is_dir():
-            exists = source.folder.exists()
-            message = f"{source.folder} is a file, not a folder" if exists else f"there is no folder {source.folder}"
-            found.problem(key, message, "name the folder that holds the pictures" if exists else _nearby(source.folder))
+        if is_remote(source):
+            found.looked_at.append(f"pictures: {source.path} is elsewhere, and is looked at when the run begins")
             continue
-        listings[index] = list_folder(source.folder, source.caption_extension)
-        _inspect_listing(found, key, source.folder, listings[index])
+        path = Path(source.path)
+        if source.kind == "folder" and not path.is_dir():
+            message = f"{path} is a file, not a folder" if path.exists() else f"there is no folder {path}"
+            found.problem(key, message, "name the folder that holds the pictures" if path.exists() else _nearby(path))
+            continue
+        try:
+            listings[index] = list_source(source)
+        except DataError as error:
+            found.problem(key, error.message, error.hint)
+            continue
+        _inspect_listing(found, key, path, listings[index])
     return listings
 
 
@@ -147,37 +154,41 @@ def _nearby(folder: Path) -> str:
     return f"check the spelling; {there}"
 
 
-def _inspect_listing(found: Inspection, key: str, folder: Path, listing: Listing) -> None:
-    for trouble in listing.unreadable:
-        found.problem(key, f"cannot read {trouble}", "give this user permission to read it, or move it away")
-    if listing.paths:
-        found.looked_at.append(f"pictures: {len(listing.paths):,} in {folder}, {len(listing.captions):,} with a caption file")
-    elif not listing.unreadable:
-        others = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in sorted(listing.others.items()))
-        message = f"there are no pictures in {folder}" + (f", only other files ({others})" if others else "")
-        found.problem(key, message, "name the folder that holds them; folders inside it are read too")
+def _inspect_listing(found: Inspection, key: str, path: Path, listing: Listing) -> None:
+    if listing.num_pictures:
+        captioned = listing.num_pictures - len(listing.bare)
+        found.looked_at.append(f"pictures: {listing.num_pictures:,} in {path}, {captioned:,} with a caption")
+    else:
+        others = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in sorted(listing.remarks.others.items()))
+        message = f"there are no pictures in {path}" + (f", only other files ({others})" if others else "")
+        found.problem(key, message, "name the folder or table that holds them; folders inside a folder are read too")
+    found.notices += listing.remarks.warnings[:_MAX_NAMED]
+    problems = listing.remarks.problems
+    if problems:
+        some = "; ".join(f"{name}: {reason}" for name, reason in problems[:_MAX_NAMED]) + (" …" if len(problems) > _MAX_NAMED else "")
+        found.notices.append(f"{len(problems):,} of what {path} lists cannot be used: {some}")
 
 
 def _inspect_captions(found: Inspection, listings: dict[int, Listing]) -> None:
     """Complains where the run would: when too many of all pictures have no caption."""
-    missing = {index: [path for path in listing.paths if path not in listing.captions] for index, listing in listings.items()}
-    paths = [path for some in missing.values() for path in some]
-    total = sum(len(listing.paths) for listing in listings.values())
+    bare = [name for listing in listings.values() for name in listing.bare]
+    total = sum(listing.num_pictures for listing in listings.values())
     limit = found.config.data.max_uncaptioned_share
-    if not found.knows("data.max_uncaptioned_share") or not paths or len(paths) <= limit * total:
+    if not found.knows("data.max_uncaptioned_share") or not bare or len(bare) <= limit * total:
         return
-    worst = max(missing, key=lambda index: len(missing[index]))
-    names = ", ".join(path.name for path in paths[:_MAX_NAMED]) + (" …" if len(paths) > _MAX_NAMED else "")
-    others = Counter({ending: count for ending, count in listings[worst].others.items() if ending and 2 * count >= len(missing[worst])})
-    ending = found.config.data.sources[worst].caption_extension
+    worst = max(listings, key=lambda index: len(listings[index].bare))
+    names = ", ".join(bare[:_MAX_NAMED]) + (" …" if len(bare) > _MAX_NAMED else "")
+    counts = listings[worst].remarks.others
+    others = Counter({ending: count for ending, count in counts.items() if ending and 2 * count >= len(listings[worst].bare)})
+    endings = " or ".join(found.config.data.sources[worst].caption_extensions)
     advice = (
-        f'set `caption_extension = "{others.most_common(1)[0][0]}"` if those are the captions'
+        f'set `caption_extensions = ["{others.most_common(1)[0][0]}"]` if those are the captions'
         if others
-        else f"write them to {ending} files"
+        else f"write them to {endings} files"
     )
     found.problem(
-        f"data.sources.{worst}.caption_extension",
-        f"{len(paths):,} of {total:,} pictures have no caption ({names})",
+        f"data.sources.{worst}.caption_extensions",
+        f"{len(bare):,} of {total:,} pictures have no caption ({names})",
         f"{advice}, or set `data.max_uncaptioned_share = 1` to train without",
     )
 
@@ -258,3 +269,9 @@ def _inspect_packages(found: Inspection) -> None:
         if needed and find_spec(package) is None:
             hint = f"`pip install aquatint[{package}]`, or leave out `{key}`; metrics.jsonl is always written"
             found.problem(key, f"`{key}` needs the package {package}, which is not installed", hint)
+    if found.config.cache.engine == "ray" and find_spec("ray") is None:
+        hint = '`pip install aquatint[ray]`, or set `cache.engine = "processes"` for several GPUs of one machine'
+        found.problem("cache.engine", '`cache.engine = "ray"` needs the package ray, which is not installed', hint)
+    if found.config.crop.mode == "focus" and find_spec("smartcrop") is None:
+        hint = '`pip install aquatint[focus]`, or leave out `crop.mode`, which then is "center"'
+        found.problem("crop.mode", '`crop.mode = "focus"` needs the package smartcrop, which is not installed', hint)

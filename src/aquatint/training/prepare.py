@@ -1,222 +1,285 @@
-"""From the config's folders to everything the loader needs: pictures found, shapes planned, latents and texts encoded.
-
-This module and `build` are the composition root: the only ones that hand the config's values to the rooms below.
-"""
+"""From the config's sources to everything the loader needs: pictures found, laid out, and encoded where they are not cached."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from aquatint.config.schema import Config
-from aquatint.data import buckets as bucket_planning
-from aquatint.data.batch import Item, View
-from aquatint.data.cache import FILE_CHANGED, NOT_FINITE, LatentRequest, build_latents, build_texts, latent_key, text_key
-from aquatint.data.captions import variants as caption_variants
-from aquatint.data.crop import Crop, views
-from aquatint.data.manifest import Manifest, Picture, Source, check_limits, scan, split
+from aquatint.data.cache import FILE_CHANGED, NOT_FINITE, CaptionEncoder, LatentEncoder, build_latents, build_masks, build_texts
+from aquatint.data.engines import Engine, choose_engine
+from aquatint.data.loader import Entries
+from aquatint.data.manifest import Manifest
+from aquatint.data.places import Opener
+from aquatint.data.samples import Keys, Samples, Words
 from aquatint.data.shards import ShardStore
-from aquatint.errors import DataError
-from aquatint.models.sdxl.load import BaseModel
-from aquatint.storage import write_json
+from aquatint.errors import DataError, StorageError
+from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.models.sdxl.model import VAE_SCALING_FACTOR
+from aquatint.models.sdxl.tokenizer import chunk_report
+from aquatint.training.find import find_pictures, opener_of, read_quarantine, write_quarantine
+from aquatint.training.focus_points import focus_points
+from aquatint.training.layout import Layout, Recipes, Side, latent_requests, lay_out, mask_requests, plan_digest, recipes_of
 from aquatint.training.parallelize import choose_device
+from aquatint.training.reasons import Wanted, in_words, name_digests, reasons, remember, remembered
 from aquatint.utils.progress import track
 
 Say = Callable[[str], None]
+PASSING = (FILE_CHANGED, NOT_FINITE)  # reasons that say nothing about a content for good
+EMPTY = ""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The cache's folders."""
+
+    latents: ShardStore
+    texts: ShardStore
+    masks: ShardStore
+
+    @classmethod
+    def of(cls, folder: Path, memory_bytes: int = 0) -> Stores:
+        """Opens them. Latents are what memory is kept for: they are read once a lap, and nothing else holds them."""
+        return cls(ShardStore(folder / "latents", memory_bytes=memory_bytes), ShardStore(folder / "texts"), ShardStore(folder / "masks"))
+
+    def all(self) -> dict[str, ShardStore]:
+        return {"latents": self.latents, "texts": self.texts, "masks": self.masks}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data side of a run. Groups of items have one shape each; `digest` changes with anything that decides a batch."""
+    """The data side of a run. `digest` changes with anything that decides a batch."""
 
-    manifest: Manifest
-    bucket_rows: tuple[bucket_planning.BucketRow, ...]
-    train: tuple[tuple[Item, ...], ...]
-    held_out: tuple[tuple[Item, ...], ...]
-    latents: ShardStore
-    texts: ShardStore
-    text_keys: Mapping[str, str]
+    layout: Layout
+    stores: Stores
+    entries: Entries
     digest: str
 
     @property
+    def manifest(self) -> Manifest:
+        return self.layout.manifest
+
+    @property
+    def train(self) -> Samples:
+        return self.layout.train.samples
+
+    @property
+    def held_out(self) -> Samples:
+        return self.layout.held_out.samples
+
+    @cached_property
     def samples_per_epoch(self) -> int:
-        return sum(len(group) for group in self.train)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which picture goes where in which form, and what has to be in the cache for that."""
-
-    plan: bucket_planning.BucketPlan
-    bucket_rows: tuple[bucket_planning.BucketRow, ...]
-    train: tuple[tuple[Item, ...], ...]
-    held_out: tuple[tuple[Item, ...], ...]
-    wanted: _Wanted
-    text_keys: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Makes items of pictures, and collects by key what they need from the cache."""
-
-    config: Config
-    encoder_digests: Mapping[str, str]
-    latents: dict[str, LatentRequest] = field(default_factory=dict)
-    captions: dict[str, str] = field(default_factory=dict)
-
-    def groups(self, pictures: Sequence[Picture], plan: bucket_planning.BucketPlan) -> tuple[tuple[Item, ...], ...]:
-        """Items by bucket, repeats included, in the order of their content, so that renaming a file changes nothing."""
-        groups: dict[int, list[Item]] = {}
-        for picture, bucket in sorted(
-            zip(pictures, plan.assignment.tolist(), strict=True), key=lambda pair: (pair[0].digest, pair[0].name)
-        ):
-            height, width = plan.shapes[bucket].tolist()
-            groups.setdefault(bucket, []).extend([self.item(picture, (height, width))] * picture.repeats)
-        return tuple(tuple(group) for _, group in sorted(groups.items()))
-
-    def item(self, picture: Picture, target_hw: tuple[int, int]) -> Item:
-        section = self.config.crop
-        crops = views(picture.digest, picture.size_hw, target_hw, mode=section.mode, variants=section.variants, flip=section.flip_prob > 0)
-        captions = renderings(self.config, picture)
-        return Item(picture.name, tuple(self.view(picture, crop) for crop in crops), tuple(map(self.text_key, captions)))
-
-    def view(self, picture: Picture, crop: Crop) -> View:
-        key = latent_key(
-            picture.digest, crop, alpha_color=self.config.data.alpha_color, encoder_digest=self.encoder_digests["vae"],
-            precision=self.config.cache.vae_precision, dtype=self.config.cache.latent_dtype,
-        )  # fmt: skip
-        self.latents[key] = LatentRequest(key, picture.path, picture.digest, crop)
-        return View(key, crop.time_ids)
-
-    def text_key(self, caption: str) -> str:
-        key = text_key(caption, encoder_digest=self.encoder_digests["text_encoders"], dtype=self.config.cache.text_dtype)
-        self.captions[key] = caption
-        return key
-
-
-def find_pictures(config: Config, quarantine: Mapping[str, str]) -> Manifest:
-    """Scans the sources. Raises DataError when too many pictures are bad or have no caption."""
-    sources = [Source(source.folder, source.caption_extension, source.repeats) for source in config.data.sources]
-    manifest = scan(sources, max_pixels=config.data.max_pixels, quarantine=quarantine)
-    check_limits(manifest, max_bad_share=config.data.max_bad_share, max_uncaptioned_share=config.data.max_uncaptioned_share)
-    return manifest
+        """To the nearest sample: with broken repeats an epoch may have one more or less."""
+        return max(1, round(sum(group.count * group.repeats for groups in self.layout.groups for group in groups)))
 
 
 def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
-    """Finds, plans and encodes. A picture that turns out to be undecodable is quarantined, and the plan made anew.
+    """Finds, lays out and encodes. A picture that turns out to be undecodable is quarantined, and the layout made anew.
 
     Raises DataError when too many pictures cannot be used, StorageError when the cache cannot be written.
     """
-    latents, texts = ShardStore(config.cache.folder / "latents"), ShardStore(config.cache.folder / "texts")
-    for store in (latents, texts):
+    folder = config.cache.folder
+    stores = Stores.of(folder, config.cache.memory_mib << 20)
+    for store in stores.all().values():
         for shard, reason in store.discarded.items():
             say(f"warning: the cache file {shard} was damaged and is made again ({reason})")
-    quarantine = read_quarantine(config.cache.folder)
+    opener = opener_of(config)
+    quarantine = read_quarantine(folder)
     digests = {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")}
+    recipes = recipes_of(config, digests)
     while True:
-        manifest = find_pictures(config, quarantine)
-        layout = lay_out(config, manifest, digests)
-        failures = encode_missing(config, base, layout, latents, texts, say=say)
+        manifest = find_pictures(config, opener, quarantine)
+        layout = lay_out(config, manifest, recipes, focus_points(config, manifest, opener))
+        build = _Build(config, layout, recipes, digests, stores, opener, say)
+        failures = build.all()
         if not failures:
             break
         for digest, reason in failures.items():
-            say(f"quarantined: {', '.join(p.name for p in manifest.pictures if p.digest == digest)} ({reason})")
+            names = [
+                layout.manifest.picture(int(row)).name for row in np.flatnonzero((layout.manifest.digests == _row(digest)).all(axis=1))
+            ]
+            say(f"quarantined: {', '.join(names)} ({reason})")
         quarantine = {**quarantine, **failures}
-        lasting = {digest: reason for digest, reason in quarantine.items() if reason not in (FILE_CHANGED, NOT_FINITE)}
-        write_json(config.cache.folder / "quarantine.json", lasting)
-    return Prepared(
-        manifest, layout.bucket_rows, layout.train, layout.held_out, latents, texts, layout.text_keys, plan_digest(config, layout)
+        write_quarantine(folder, {digest: reason for digest, reason in quarantine.items() if reason not in PASSING})
+    build.remember()
+    entries = Entries(
+        stores.latents, stores.texts, stores.masks, VAE_SCALING_FACTOR, layout.prompts[EMPTY], mask_floor=config.data.mask_floor
     )
+    return Prepared(layout, stores, entries, plan_digest(config, layout))
 
 
-def read_quarantine(folder: Path) -> dict[str, str]:
-    """Contents that could not be decoded earlier: digest of the bytes -> reason. A changed file has another digest."""
-    path = folder / "quarantine.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def _row(digest: bytes) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(digest, np.uint8)
 
 
-def lay_out(config: Config, manifest: Manifest, encoder_digests: Mapping[str, str]) -> _Layout:
-    """Decides bucket, crops and caption renderings of every picture. Nothing is read or written."""
-    measures = config.validation.every is not None
-    share = config.validation.share if measures else 0.0
-    train, held_out = split(manifest, share=share, max_pictures=config.validation.max_pictures)
-    if not train:
-        raise DataError("there is no picture to train on", hint="add pictures to the folders in data.sources")
-    plan, rows = plan_buckets(config, train)
-    wanted = _Wanted(config, encoder_digests)
-    by_content = sorted(train, key=lambda picture: picture.digest)
-    measured = held_out or tuple(by_content[: config.validation.max_pictures if measures else 0])
-    once = tuple(replace(picture, repeats=1) for picture in measured)
-    measured_plan = bucket_planning.BucketPlan(plan.shapes, bucket_planning.assign(sizes_of(once), plan.shapes, **bucket_cost(config)))
-    prompts = {"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])}
-    text_keys = {prompt: wanted.text_key(prompt) for prompt in sorted(prompts)}
-    return _Layout(plan, rows, wanted.groups(train, plan), wanted.groups(once, measured_plan), wanted, text_keys)
+# Encoders, as functions that another process can call too
 
 
-def plan_buckets(config: Config, pictures: Sequence[Picture]) -> tuple[bucket_planning.BucketPlan, tuple[bucket_planning.BucketRow, ...]]:
-    """The buckets of the training pictures, each with at least one batch in it, and the report on them."""
-    section = config.buckets
-    limits = {"min_side": section.min_side, "max_side": section.max_side, "max_aspect": section.max_aspect}
-    shapes = bucket_planning.candidates(resolution=section.resolution, step=section.step, **limits)
-    sizes, repeats = sizes_of(pictures), np.array([picture.repeats for picture in pictures])
-    plan = bucket_planning.plan(sizes, repeats, shapes, min_count=config.training.batch_size, **bucket_cost(config))
-    return plan, bucket_planning.report(plan, sizes, repeats)
+def make_vae_encoder(base: Path, vae: Path | None, device: str, precision: str) -> LatentEncoder:
+    """The autoencoder of a base model, ready to encode."""
+    return open_base(base, vae).vae_encoder(torch.device(device), precision)  # type: ignore[arg-type]
 
 
-def bucket_cost(config: Config) -> dict[str, float]:
-    return {"area_weight": config.buckets.area_weight, "upscale_weight": config.buckets.upscale_weight}
+def make_caption_encoder(base: Path, vae: Path | None, device: str) -> CaptionEncoder:
+    """The text encoders of a base model, ready to encode."""
+    return open_base(base, vae).caption_encoder(torch.device(device))
 
 
-def sizes_of(pictures: Sequence[Picture]) -> bucket_planning.Ints:
-    return np.array([picture.size_hw for picture in pictures], dtype=np.int64).reshape(-1, 2)
+def count_chunks(caption: str) -> int:
+    """How many chunks of 77 a caption fills."""
+    return chunk_report(caption).num_chunks
 
 
-def renderings(config: Config, picture: Picture) -> tuple[str, ...]:
-    """The captions that a picture is trained with."""
-    section = config.captions
-    return caption_variants(
-        picture.caption or "", picture.digest, count=section.variants, style=section.style, separator=section.separator,
-        shuffle=section.shuffle, keep_first=section.keep_first, tag_drop_prob=section.tag_drop_prob,
-    )  # fmt: skip
+# What is missing
 
 
-def plan_digest(config: Config, layout: _Layout) -> str:
-    """A digest of everything that decides what batch `k` holds."""
-    content = {
-        "shapes": layout.plan.shapes.tolist(),
-        "items": [[(item.views, item.text_keys) for item in group] for group in layout.train],
-        "seed": config.run.seed,
-        "batch": [config.training.batch_size, config.training.accumulation_steps],
-        "draws": [config.crop.flip_prob, config.captions.dropout_prob, config.captions.dropout_zeros_share],
-    }
-    return hashlib.sha256(json.dumps(content, default=lambda view: [view.latent_key, view.time_ids]).encode()).hexdigest()
+@dataclass(frozen=True)
+class _Build:
+    """Encodes what a layout needs and the cache does not have. Encoders are made only if something is missing, one at a time."""
 
+    config: Config
+    layout: Layout
+    recipes: Recipes
+    encoder_digests: Mapping[str, str]
+    stores: Stores
+    opener: Opener
+    say: Say
 
-def encode_missing(config: Config, base: BaseModel, layout: _Layout, latents: ShardStore, texts: ShardStore, *, say: Say) -> dict[str, str]:
-    """Encodes what is not cached yet and returns the pictures that could not be: digest -> reason.
+    def all(self) -> dict[bytes, str]:
+        """Texts, masks and latents; returns the pictures that could not be encoded: digest -> reason."""
+        self._texts()
+        failures: dict[bytes, str] = {}
+        for side in self.sides:
+            failures |= self._masks(side)
+        for side in self.sides:
+            failures |= self._latents(side)
+        return failures
 
-    The encoders are loaded only if something is missing, one after the other, and released before returning.
-    """
-    device = choose_device(config.training.device)
-    packing = {"batch_size": config.cache.batch_size, "shard_entries": config.cache.shard_entries}
-    missing_captions = [caption for key, caption in layout.wanted.captions.items() if key not in texts]
-    if missing_captions:
-        with track("encoding captions", len(missing_captions)) as on_progress:
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.layout.train, self.layout.held_out
+
+    @cached_property
+    def engine(self) -> Engine:
+        section = self.config.cache
+        return choose_engine(section.engine, section.workers, gpus=self.device == "cuda")
+
+    @cached_property
+    def device(self) -> str:
+        return choose_device(self.config.training.device).type
+
+    @property
+    def packing(self) -> dict[str, int]:
+        return {"batch_size": self.config.cache.batch_size, "shard_entries": self.config.cache.shard_entries}
+
+    def _texts(self) -> None:
+        texts = [(side.texts, side.samples.text_keys) for side in self.sides]
+        missing = [text for texts, keys in texts for text, there in zip(texts, self.stores.texts.has(keys), strict=True) if not there]
+        missing += [text for text, key in self.layout.prompts.items() if key not in self.stores.texts]
+        missing = list(dict.fromkeys(missing))
+        if not missing:
+            return
+        train = self.layout.train.samples
+        rows = _rows_of(~self.stores.texts.has(train.text_keys), train)
+        self.say(f"captions    {len(missing):,} to encode{self._why('texts', rows)}")
+        make = partial(make_caption_encoder, self.config.model.base, self.config.model.vae, self.device)
+        with track("encoding captions", len(missing)) as on_progress:
             failed = build_texts(
-                texts, missing_captions, base.caption_encoder(device), dtype=config.cache.text_dtype, on_progress=on_progress, **packing
-            )
+                self.stores.texts, missing, make, recipe=self.recipes.texts, num_chunks=count_chunks,
+                dtype=self.config.cache.text_dtype, engine=self.engine, on_progress=on_progress, **self.packing,
+            )  # fmt: skip
         for caption, reason in failed.items():
             raise DataError(f"the caption {caption!r} cannot be encoded: {reason}", hint="the text encoders in model.base may be damaged")
-    missing = [request for key, request in layout.wanted.latents.items() if key not in latents]
-    if not missing:
-        return {}
-    with track("encoding pictures", len(missing)) as on_progress:
-        return build_latents(
-            latents, missing, base.vae_encoder(device, config.cache.vae_precision), alpha_color=config.data.alpha_color,
-            max_pixels=config.data.max_pixels, dtype=config.cache.latent_dtype, on_progress=on_progress, **packing,
-        )  # fmt: skip
+
+    def _masks(self, side: Side) -> dict[bytes, str]:
+        keys = side.samples.mask_keys
+        if keys is None:
+            return {}
+        missing = keys.any(axis=2) & ~_has(self.stores.masks, keys)
+        if not missing.any():
+            return {}
+        self.say(f"masks       {int(missing.sum()):,} to make")
+        with track("making masks", int(missing.sum())) as on_progress:
+            return build_masks(
+                self.stores.masks, mask_requests(self.layout.manifest, side, missing), opener=self.opener,
+                max_pixels=self.config.data.max_pixels, on_progress=on_progress, **self.packing,
+            )  # fmt: skip
+
+    def _latents(self, side: Side) -> dict[bytes, str]:
+        missing = ~_has(self.stores.latents, side.samples.latent_keys)
+        if not missing.any():
+            return {}
+        rows = np.flatnonzero(missing.any(axis=1))
+        which = "latents" if side is self.layout.train else "held_out"
+        self.say(f"pictures    {int(missing.sum()):,} to encode{self._why(which, rows)}")
+        section = self.config.cache
+        make = partial(make_vae_encoder, self.config.model.base, self.config.model.vae, self.device, section.vae_precision)
+        with track("encoding pictures", int(missing.sum())) as on_progress:
+            return build_latents(
+                self.stores.latents, latent_requests(self.layout.manifest, side, missing), make, opener=self.opener,
+                alpha_color=self.config.data.alpha_color, max_pixels=self.config.data.max_pixels, dtype=section.latent_dtype,
+                engine=self.engine, on_progress=on_progress, **self.packing,
+            )  # fmt: skip
+
+    # Why it is missing
+
+    def _why(self, kind: str, rows: npt.NDArray[np.int64]) -> str:
+        """`: 3 new, 1 whose file changed`, of the pictures that what is missing belongs to."""
+        found = reasons(self._wanted(kind), remembered(self._memory(kind)), rows)
+        return f": {in_words(found)}" if found else ""
+
+    def remember(self) -> None:
+        """Keeps what was wanted, for the next time something is missing. It is no loss if that fails."""
+        with contextlib.suppress(StorageError):
+            for kind in ("latents", "held_out", "texts"):
+                remember(self._memory(kind), self._wanted(kind))
+
+    def _memory(self, kind: str) -> Path:
+        """One file for each set of sources, by their names: several runs share a cache, and folders are moved."""
+        paths = "\n".join(sorted(Path(source.path).name for source in self.config.data.sources))
+        return (
+            self.config.cache.folder / "index" / f"wanted-{hashlib.blake2b(paths.encode(), digest_size=8).hexdigest()}-{kind}.safetensors"
+        )
+
+    def _wanted(self, kind: str) -> Wanted:
+        side = self.layout.held_out if kind == "held_out" else self.layout.train
+        samples, section = side.samples, self.config.cache
+        names = name_digests([samples.names[row] for row in range(len(samples))])
+        if kind == "texts":
+            words = samples.captions or Words.of(side.texts)
+            texts = ["\n".join(words[text] for text in samples.text_of[row]) for row in range(len(samples))]
+            recipe = {
+                "because the text encoders changed": self.encoder_digests["text_encoders"],
+                "because cache.text_dtype changed": section.text_dtype,
+                "because the settings in captions changed": repr(self.layout.policies),
+            }
+            return Wanted(names, {"whose caption changed": name_digests(texts)}, recipe)
+        recipe = {
+            "because the autoencoder changed": self.encoder_digests["vae"],
+            "because cache.vae_precision changed": section.vae_precision,
+            "because cache.latent_dtype changed": section.latent_dtype,
+            "because data.alpha_color changed": self.config.data.alpha_color.lower(),
+        }
+        crops = np.ascontiguousarray(side.crops.reshape(len(samples), side.crops.shape[1] * side.crops.shape[2])).view(np.uint8)
+        digests = self.layout.manifest.digests[side.rows]
+        return Wanted(names, {"whose file changed": digests, "whose bucket, crop or flip changed": crops}, recipe)
+
+
+def _has(store: ShardStore, keys: Keys) -> npt.NDArray[np.bool_]:
+    """Which of the keys (n, V, 16) are in the store, (n, V)."""
+    return store.has(keys.reshape(-1, 16)).reshape(keys.shape[:2])
+
+
+def _rows_of(missing: npt.NDArray[np.bool_], samples: Samples) -> npt.NDArray[np.int64]:
+    """The rows that any of the missing texts belongs to."""
+    if samples.captions is not None:
+        return np.arange(0)
+    return np.unique(np.searchsorted(samples.text_of.starts, np.flatnonzero(missing), side="right") - 1)

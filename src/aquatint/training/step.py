@@ -53,13 +53,13 @@ class StepReport:
 
 
 def prediction_error(parts: Parts, batch: Batch) -> torch.Tensor:
-    """The unweighted squared error of each sample, (B,) float32. Noising and target are float32 whatever the model is."""
+    """The unweighted squared error of each sample, (B,) float32, inside its mask. Noising and target are float32 whatever the model is."""
     objective = parts.objective
     alpha, sigma = objective.schedule.at(batch.timesteps)
     noisy_latents = add_noise(batch.latents, batch.noise, alpha, sigma)
     with half_precision(parts):
         output = predict(parts.unet, noisy_latents, batch.timesteps, batch.prompt_embeds, batch.pooled_prompt_embeds, batch.time_ids)
-    return per_sample_mse(output, target(objective.prediction, batch.latents, batch.noise, alpha, sigma))
+    return per_sample_mse(output, target(objective.prediction, batch.latents, batch.noise, alpha, sigma), batch.masks)
 
 
 def half_precision(parts: Parts) -> contextlib.AbstractContextManager[Any]:
@@ -76,7 +76,7 @@ def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> StepReport:
     loss = torch.zeros((), device=parts.device)
     for batch in batches:
         batch = batch.to(parts.device)
-        weights = parts.objective.weights.to(parts.device)[batch.timesteps]
+        weights = parts.objective.weights.to(parts.device)[batch.timesteps] * batch.loss_weights
         share = (weights * prediction_error(parts, batch)).sum() / samples
         share.backward()
         loss += share.detach()

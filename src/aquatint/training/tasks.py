@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aquatint.data.loader import BatchReader
 from aquatint.errors import StorageError
 from aquatint.storage import append_text
 from aquatint.tracking.tracker import Tracker
@@ -43,20 +42,20 @@ def log_action(tracker: Tracker) -> Action:
     return run
 
 
-def validate(parts: Parts, reader: BatchReader, chosen: ValidationSet) -> dict[str, float]:
+def validate(parts: Parts, chosen: ValidationSet) -> dict[str, float]:
     """The validation loss of the weights that will be exported, and `val_loss_raw` of the raw ones if they are others."""
     with averaged(parts.ema):
-        values = measure(parts, validation_batches(reader, chosen))
+        values = measure(parts, validation_batches(chosen))
     if parts.ema is not None and values:
-        values["val_loss_raw"] = measure(parts, validation_batches(reader, chosen))["val_loss"]
+        values["val_loss_raw"] = measure(parts, validation_batches(chosen))["val_loss"]
     return values
 
 
-def validate_action(parts: Parts, reader: BatchReader, chosen: ValidationSet, tracker: Tracker, display: Display) -> Action:
+def validate_action(parts: Parts, chosen: ValidationSet, tracker: Tracker, display: Display) -> Action:
     """Measures the loss on held-out pictures."""
 
     def run(state: TrainState, report: StepReport | None = None) -> TrainState:
-        values = validate(parts, reader, chosen)
+        values = validate(parts, chosen)
         if values:
             write_row(tracker, state, values)
             display.note(f"step {state.step}: validation loss {values['val_loss']:.4f}")

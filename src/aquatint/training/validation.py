@@ -12,30 +12,33 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aquatint.data.batch import Batch, Item
-from aquatint.data.loader import BatchReader
+from aquatint.data.batch import Batch
+from aquatint.data.loader import Entries
+from aquatint.data.samples import Samples
 from aquatint.diffusion.noise import draw_noise
 from aquatint.training.step import Parts, prediction_error
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Pictures of equal shape per group, and the timesteps each is measured at."""
+    """The pictures, where their entries are, and the timesteps that each is measured at."""
 
-    groups: tuple[tuple[Item, ...], ...]
+    entries: Entries
+    samples: Samples
     timesteps: tuple[int, ...]
     batch_size: int
 
 
-def validation_batches(reader: BatchReader, chosen: ValidationSet) -> Iterator[Batch]:
-    """Every picture at every timestep, in batches of equal shape. The noise is keyed by the picture's content."""
-    for group in chosen.groups:
-        rows = [(item, k) for item in group for k in range(len(chosen.timesteps))]
-        for start in range(0, len(rows), chosen.batch_size):
-            part = rows[start : start + chosen.batch_size]
-            batch = reader.read_items([item for item, _ in part])
+def validation_batches(chosen: ValidationSet) -> Iterator[Batch]:
+    """Every picture at every timestep, in batches of equal shape. The noise is keyed by the picture's content and crop."""
+    for bucket in chosen.samples.buckets():
+        pairs = [(row, k) for row in bucket for k in range(len(chosen.timesteps))]
+        for start in range(0, len(pairs), chosen.batch_size):
+            part = pairs[start : start + chosen.batch_size]
+            batch = chosen.entries.fixed(chosen.samples, [row for row, _ in part])
             shape = tuple(batch.latents.shape[1:])
-            noise = torch.cat([draw_noise(0, f"validation/{item.views[0].latent_key}", [k], shape) for item, k in part])
+            keys = [(chosen.samples.latent_key(row, 0).hex(), k) for row, k in part]
+            noise = torch.cat([draw_noise(0, f"validation/{key}", [k], shape) for key, k in keys])
             yield replace(batch, noise=noise, timesteps=torch.tensor([chosen.timesteps[k] for _, k in part]))
 
 

@@ -49,6 +49,7 @@ class BaseModel:
     """What the UNet was trained to predict, as far as the files tell; epsilon if they do not."""
     zero_terminal_snr: bool
     places: Mapping[Component, Mapping[str, Place]] = field(repr=False)
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def load_unet(self, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
         """The UNet on the CPU, in its file's dtype or the given one. Raises ModelFileError for weights that are not finite."""
@@ -77,7 +78,11 @@ class BaseModel:
         """What the cache encodes pictures with."""
         from aquatint.models.sdxl.model import VaeEncoder
 
-        return VaeEncoder(self.load_vae(_dtype(precision)).to(device), digest=self.digest("vae"))
+        def load(name: str) -> AutoencoderKL:
+            return self.load_vae(_dtype(name)).to(device)
+
+        precise = None if precision == "float32" else partial(load, "float32")
+        return VaeEncoder(load(precision), digest=self.digest("vae"), load_precise=precise)
 
     def caption_encoder(self, device: torch.device | str) -> TextEncoders:
         """What captions and prompts are encoded with: both text encoders, in float32."""
@@ -94,7 +99,12 @@ class BaseModel:
         }
 
     def digest(self, component: Literal["unet", "vae", "text_encoders"]) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes, the same for a single file and a diffusers folder."""
+        """SHA-256 over names, dtypes, shapes and bytes, the same for a single file and a diffusers folder. Computed once."""
+        if component not in self._digests:
+            self._digests[component] = self._compute_digest(component)
+        return self._digests[component]
+
+    def _compute_digest(self, component: Literal["unet", "vae", "text_encoders"]) -> str:
         digest = hashlib.sha256()
         for part in COMPONENTS[2:] if component == "text_encoders" else (component,):
             for name, value in sorted(self.component(part).items()):

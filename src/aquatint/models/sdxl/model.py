@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape, component_shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -104,11 +107,20 @@ def predict(
 
 
 class VaeEncoder:
-    """Pictures to latent distributions, on the autoencoder's device and in its dtype."""
+    """Pictures to latent distributions, on the autoencoder's device and in its dtype.
 
-    def __init__(self, vae: AutoencoderKL, *, digest: str) -> None:
+    `load_precise` loads the same autoencoder in float32, for what is not finite in half precision.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, digest: str, load_precise: Callable[[], AutoencoderKL] | None = None) -> None:
         self.vae = vae
         self.digest = digest
+        self._load_precise = load_precise
+
+    @cached_property
+    def precise(self) -> VaeEncoder | None:
+        """The encoder in float32, loaded when it is first needed; None if this is it."""
+        return None if self._load_precise is None else VaeEncoder(self._load_precise(), digest=self.digest)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float32 in [-1, 1] -> (B, 8, H/8, W/8) float32 on the CPU: mean and standard deviation.
