@@ -376,7 +376,7 @@ def test_the_report_counts_chunks_and_names_the_longest():
 def test_the_report_of_few_captions():
     text = caption_report(["a.jpg"], ["red\nfox \x1b[31m"], [(3, 1, False)])
     assert text.splitlines() == [
-        "1 caption of 3 to 3 tokens, 3 in the middle; none is cut off",
+        "1 caption of 3 tokens; none is cut off",
         "  1 in 1 chunk",
         "  the longest: a.jpg (3 tokens)",
         "for example:",

@@ -285,9 +285,10 @@ def caption_report(names: Sequence[str], captions: Sequence[str], counts: Sequen
     longest = sorted(range(len(names)), key=lambda row: (-counts[row][0], row))[:3]
     broken = [name for name, (_, _, inside) in zip(names, counts, strict=True) if inside]
     shown = sorted({index * (len(names) - 1) // max(num_shown - 1, 1) for index in range(num_shown)})
-    lines = [
-        f"{_number(len(names), 'caption')} of {tokens[0]} to {tokens[-1]} tokens, {tokens[len(tokens) // 2]} in the middle; none is cut off"
-    ]
+    lengths = f"{tokens[0]} tokens"
+    if tokens[0] < tokens[-1]:
+        lengths = f"{tokens[0]} to {tokens[-1]} tokens, {tokens[len(tokens) // 2]} in the middle"
+    lines = [f"{_number(len(names), 'caption')} of {lengths}; none is cut off"]
     lines += [f"  {count:,} in {_number(chunk, 'chunk')}{' or more' if chunk == _MANY else ''}" for chunk, count in sorted(chunks.items())]
     lines += [f"  the longest: {', '.join(f'{names[row]} ({counts[row][0]} tokens)' for row in longest)}"]
     if broken:

@@ -8,9 +8,15 @@ import torch
 
 from aquatint.config.schema import Config
 from aquatint.data.buckets import report_text
+from aquatint.data.captions import caption_report, render
+from aquatint.models.sdxl.tokenizer import chunk_reports
 from aquatint.planning.schedule import plan_steps
+from aquatint.training.layout import Layout
 from aquatint.training.prepare import Prepared
 from aquatint.training.step import Parts
+from aquatint.utils.seeds import generator
+
+MAX_COUNTED_CAPTIONS = 20_000  # counting the tokens of so many takes a second
 
 NAMES = {"epsilon": "epsilon (the noise)", "v_prediction": "v_prediction"}
 
@@ -23,6 +29,7 @@ def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
         which = "of the training set are used for validation" if data.layout.held_out_is_trained else "held out for validation"
         yield f"            {len(data.held_out)} {which}"
     yield f"buckets     {report_text(data.layout.report).splitlines()[-1]} (see buckets.txt)"
+    yield f"captions    {captions_text(data.layout).splitlines()[0]} (see captions.txt)"
     if manifest.warnings:
         yield f"warnings    {len(manifest.warnings)} about the pictures, in ledger.txt; the first: {manifest.warnings[0]}"
     section = config.training
@@ -38,6 +45,22 @@ def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
     yield f"trains      the UNet: {sum(p.numel() for p in trained):,} weights in {dtype}"
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
     yield "stays       text encoders and autoencoder"
+
+
+def captions_text(layout: Layout) -> str:
+    """How long the captions are and what some of them are like, as they are rendered; of a large set, a part that is spread over it."""
+    samples, policies = layout.train.samples, layout.policies
+    step = -(-len(samples) // MAX_COUNTED_CAPTIONS)
+    names, texts = [], []
+    for row in range(0, len(samples), step):
+        names.append(samples.names[row])
+        if samples.captions is None:
+            texts.append(layout.train.texts[samples.text_of[row][0]])
+        else:
+            written = [samples.captions[text] for text in samples.text_of[row]]
+            policy = policies[int(samples.sources[row])]
+            texts.append(render(written, policy, generator(0, "announcement", row), drop_probs=layout.drop_probs))
+    return caption_report(names, texts, list(chunk_reports(texts)))
 
 
 def weighting_text(weights: torch.Tensor) -> str:

@@ -34,7 +34,7 @@ from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
 from aquatint.tracking.tracker import Several, Tracker, guarded
 from aquatint.training import checkpoint
-from aquatint.training.announce import announcement
+from aquatint.training.announce import announcement, captions_text
 from aquatint.training.checkpoint import Trained
 from aquatint.training.ema import Ema
 from aquatint.training.exports import export_model
@@ -138,6 +138,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     data = prepare(config, base, say=say)
     write_ledger(data.manifest, folder)
     write_text(folder / "buckets.txt", report_text(data.layout.report))
+    write_text(folder / "captions.txt", captions_text(data.layout))
     write_json(folder / "config.json", dump(config))
     write_json(folder / "environment.json", environment())
     parts, trained, total_steps = build_parts(config, base, objective, data)

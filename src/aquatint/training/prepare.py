@@ -218,8 +218,8 @@ class _Build:
         if not missing.any():
             return {}
         rows = np.flatnonzero(missing.any(axis=1))
-        which = "latents" if side is self.layout.train else "held_out"
-        self.say(f"pictures    {int(missing.sum()):,} to encode{self._why(which, rows)}")
+        which, label = ("latents", "pictures") if side is self.layout.train else ("held_out", "held out")
+        self.say(f"{label:<12}{int(missing.sum()):,} to encode{self._why(which, rows)}")
         section = self.config.cache
         make = partial(make_vae_encoder, self.config.model.base, self.config.model.vae, self.device, section.vae_precision)
         with track("encoding pictures", int(missing.sum())) as on_progress:
