@@ -42,6 +42,7 @@ CONTRADICTIONS = {
     "enlargement prices for a named set": {"buckets": {"set": "novelai", "upscale_weight": 0.3}},
     "a widest shape for a named set": {"buckets": {"set": "kohya", "max_aspect": 2.0}},
     "the table of shapes at another resolution": {"buckets": {"set": "sdxl_table", "resolution": 768}},
+    "a price of enlarging with nowhere else to go": {"buckets": {"upscale_weight": 2.0}},
     "a tier that is not smaller": {"buckets": {"tiers": [1024]}},
     "workers that nobody asks": {"cache": {"workers": 2}},
     "nothing to train": {"data": {"sources": [{"path": "/p", "role": "validation"}]}},

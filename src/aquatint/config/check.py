@@ -117,6 +117,12 @@ RULES = (
         for name in ("area_weight", "upscale_weight", "max_aspect")
     ),
     Rule(
+        ("buckets.upscale_weight", "buckets.tiers"),
+        lambda c: not c.buckets.tiers and c.buckets.set == "aquatint" and c.buckets.upscale_weight != BucketsSection().upscale_weight,
+        "`buckets.upscale_weight` does nothing without `buckets.tiers`",
+        "it decides which tier a small picture goes to: set `buckets.tiers = [768, 512]`, or leave it out",
+    ),
+    Rule(
         ("buckets.resolution", "buckets.set"),
         lambda c: c.buckets.set == "sdxl_table" and (c.buckets.resolution != 1024 or bool(c.buckets.tiers)),
         '`buckets.set = "sdxl_table"` is a list of shapes of about 1024 × 1024 pixels, and no others',

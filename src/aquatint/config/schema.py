@@ -120,7 +120,7 @@ class BucketsSection(Section):
     area_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Price of a bucket smaller than `resolution` squared, against the price of cropping."""
     upscale_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Price of enlarging a small picture, against the price of cropping."""
+    """Price of enlarging a small picture, against the price of a smaller tier. Does nothing without `tiers`."""
     max_upscale: Annotated[float, Field(ge=1.0)] = 4.0
     """A picture that would be enlarged more than this many times in every tier is left out, with that reason."""
 

@@ -15,7 +15,7 @@ from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
 from aquatint.data import crop as cropping
 from aquatint.data.bucket_plot import plot_buckets
-from aquatint.data.buckets import fit_loss, report_text, small_buckets
+from aquatint.data.buckets import fit_loss, merged, merged_text, report_text, small_buckets
 from aquatint.data.captions import caption_report, render
 from aquatint.data.image import BadImage, Pixels, encode_webp, load_alpha, load_image, load_mask, quiet_decoders, resize
 from aquatint.data.inspection import BLURRED_BELOW, FLAT_BELOW, contrast, fingerprint, near_duplicates, sharpness
@@ -28,7 +28,7 @@ from aquatint.models.sdxl.tokenizer import chunk, chunk_report, token_text
 from aquatint.storage import write_bytes, write_text
 from aquatint.training.find import find_pictures, opener_of, read_quarantine
 from aquatint.training.focus_points import focus_points
-from aquatint.training.layout import Layout, lay_out, recipes_of
+from aquatint.training.layout import Layout, column, lay_out, recipes_of
 from aquatint.training.preview_page import Caption, Listed, PreviewRow, Summary, page
 from aquatint.utils.progress import track
 from aquatint.utils.seeds import generator
@@ -63,8 +63,13 @@ def buckets_run(config: Config, plot: Path | None) -> str:
     if plot is not None:
         write_bytes(plot, plot_png(layout))
     names = [layout.train.samples.names[row] for row in range(len(layout.train.rows))]
-    small = small_buckets(layout.report, layout.train.samples.bucket_starts, names)
-    return report_text(layout.report) + ("\n\n" + small if small else "")
+    found = column(layout.manifest, "name", np.sort(layout.train.rows))
+    parts = [
+        report_text(layout.report),
+        small_buckets(layout.report, layout.train.samples.bucket_starts, names),
+        merged_text(merged(layout.plan, layout.manifest.sizes_hw[np.sort(layout.train.rows)]), found),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def plot_png(layout: Layout) -> bytes:

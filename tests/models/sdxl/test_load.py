@@ -253,3 +253,15 @@ def test_components_cover_the_whole_file(small_base):
     base = open_base(small_base)
     with TensorFile(small_base) as file:
         assert {to_original(c, name).name for c in COMPONENTS for name in base.component(c)} == set(file.tensors)
+
+
+def test_an_encoder_in_half_precision_has_one_in_full_beside_it(tiny_base: Path) -> None:
+    base = open_base(tiny_base)
+    images = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    half, full = base.vae_encoder("cpu", "bfloat16"), base.vae_encoder("cpu", "float32")
+    assert full.precise is None
+    assert half.precise is not None
+    assert half.precise is half.precise, "it is loaded once"
+    assert half.precise.digest == half.digest == full.digest
+    assert torch.equal(half.precise.encode(images), full.encode(images))
+    assert not torch.equal(half.encode(images), full.encode(images))
