@@ -1,7 +1,10 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,6 +119,14 @@ def test_a_full_disk_is_not_blamed_on_the_server(site, tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"could not write .* No space left"):
         read(Opener(tmp_path), f"{site.address}/a.bin")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_downloads_left_behind_goes_and_what_others_write_stays(site, tmp_path):
+    for name, age in {"a.tmp-01234567": 4000, "b.tmp-01234567": 100, "c.tmp": 4000}.items():
+        (tmp_path / name).write_bytes(b"part")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    read(Opener(tmp_path), f"{site.address}/a.bin")
+    assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) < 20) == ["b.tmp-01234567", "c.tmp"]
 
 
 def copy_of(folder):
@@ -265,3 +276,26 @@ def test_what_was_known_of_servers_does_not_grow_without_end(tmp_path, monkeypat
     for number in range(10):
         downloads.identity(f"http://host/{number}")
     assert list(downloads._known) == [f"http://host/{number}" for number in (7, 8, 9)]
+
+
+def test_a_process_killed_in_a_download_leaves_nothing_that_is_trusted(site, tmp_path):
+    """Killed with half of the bytes written, and between the file and its record."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from aquatint.data import downloads
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[3] == "half":
+    chunks = downloads._chunks
+    downloads._chunks = lambda url: (chunk if index == 0 else kill() for index, chunk in enumerate([next(chunks(url))[:1000], b""]))
+else:
+    downloads.storage.write_json = kill
+downloads.Downloads(Path(sys.argv[1])).fetch(sys.argv[2])
+"""
+    for moment in ("half", "unrecorded"):
+        ran = subprocess.run([sys.executable, "-c", script, tmp_path, f"{site.address}/a.bin", moment], env=os.environ, check=False)
+        assert ran.returncode == -9
+        assert list(tmp_path.iterdir()) != []
+        assert not list(tmp_path.glob("*.json"))
+    assert read(Opener(tmp_path), f"{site.address}/a.bin") == DATA

@@ -23,6 +23,7 @@ FORMAT = 1
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5  # before the second attempt; doubled for each one after it
 _CHUNK_BYTES = 4 << 20
+_ABANDONED_SECONDS = 3600.0  # a temporary file in which nothing was written for so long has lost its writer
 _MAX_REMEMBERED = 100_000
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _VALIDATORS = (  # what servers call that which differs between versions of a file, the most telling first
@@ -63,12 +64,14 @@ class Downloads:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._is_clean = False
         self._busy: dict[str, threading.Lock] = {}
         self._known: OrderedDict[str, Validators] = OrderedDict()
         self._trusted: OrderedDict[str, Path] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_known": self._known}
+        with self._lock:
+            return {"folder": self.folder, "_known": self._known.copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"])  # type: ignore[misc]
@@ -95,11 +98,19 @@ class Downloads:
             version = self._known.get(url) or self.identity(url)
             copy = self.folder / hashlib.blake2b(url.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
             if not _is_good(copy, version):
+                self._clean()
                 _persistently(url, lambda: _download(url, version, copy))
             with self._lock:
                 _remember(self._trusted, url, copy)
                 self._busy.pop(url, None)
             return copy
+
+    def _clean(self) -> None:
+        """Removes, once, what downloads of killed processes left behind."""
+        with self._lock:
+            is_first, self._is_clean = not self._is_clean, True
+        if is_first and self.folder is not None:
+            storage.remove_temporaries(self.folder, older_than_seconds=_ABANDONED_SECONDS)
 
 
 def _remember(memory: OrderedDict[str, Any], key: str, value: Any) -> None:

@@ -389,7 +389,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     mode = _color_mode(image)
     transform = _color_transform(profile, mode)
     if isinstance(transform, str):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     return transform.apply(image.convert(transform.input_mode))
 
 

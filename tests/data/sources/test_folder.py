@@ -209,13 +209,13 @@ def test_masks_without_a_picture_are_named_and_are_no_pictures(pics):
 
 @pytest.mark.parametrize("setting", ["none", "alpha"])
 def test_masks_that_are_not_asked_for_are_no_pictures_either(pics, setting):
-    touch(pics, "a.jpg", "a-masklabel.png", "carnival_mask.jpg")
+    touch(pics, "a.jpg", "a-masklabel.png", "a-masklabel.webp", "carnival_mask.jpg")
     entries, remarks = listed(pics, masks=setting)
     assert names(entries) == ["pics/a.jpg", "pics/carnival_mask.jpg"]
     assert masks(entries) == {}
     (warning,) = remarks.warnings
-    assert warning.startswith(f"1 mask in {pics} left alone")
-    assert warning.endswith("pics/a-masklabel.png")
+    assert warning.startswith(f"2 masks in {pics} left alone")
+    assert warning.endswith("pics/a-masklabel.png, pics/a-masklabel.webp")
 
 
 def test_two_pictures_may_have_one_mask_and_a_caption_of_a_mask_is_an_orphan(pics):

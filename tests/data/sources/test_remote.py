@@ -146,6 +146,15 @@ def test_a_listing_tells_the_same_identities_as_the_objects_themselves(bucket, m
     assert entry.caption_identity == Opener().identity("s3://pictures/set/a.txt")
 
 
+def test_an_old_listing_does_not_hide_a_change(bucket):
+    put(bucket, **{"set/a.jpg": b"1"})
+    opener = Opener()
+    (before,) = list_folder(Source("s3://pictures/set"), opener, Remarks())
+    put(bucket, **{"set/a.jpg": b"2", "set/b.jpg": b"3"})
+    assert opener.identity("s3://pictures/set/a.jpg") != before.identity
+    assert [entry.name for entry in list_folder(Source("s3://pictures/set"), opener, Remarks())] == ["set/a.jpg", "set/b.jpg"]
+
+
 def test_objects_of_a_listing_are_not_asked_for_one_by_one(bucket, monkeypatch):
     put(bucket, **{f"set/{number}.jpg": b"1" for number in range(5)})
     monkeypatch.setattr(downloads, "_info", lambda url: pytest.fail("asked"))

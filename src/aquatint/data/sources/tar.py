@@ -12,15 +12,16 @@ import posixpath
 import re
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from aquatint.data.downloads import glob_remote, is_url, public_name
-from aquatint.data.places import Opener, Place
+from aquatint.data.places import Identity, Opener, Place
 from aquatint.data.sources.listing import Entry, Remarks, Source
 from aquatint.data.sources.names import Names, extension, is_picture, printable
 from aquatint.data.sources.side_files import Notices, sort_out
@@ -48,10 +49,9 @@ def list_tars(source: Source, opener: Opener, remarks: Remarks) -> Iterator[Entr
     are downloaded. Raises DataError for a tar that is not there, cannot be read or is compressed, StorageError.
     """
     notices = Notices()
-    for path, copy in _downloading(containers(source, opener), opener):
+    for path, ready in _ready(containers(source, opener), opener):
         try:
-            local = copy.result() if copy else path
-            yield from _list_one(path, local, source, opener, remarks, notices)
+            yield from _list_one(path, ready(), source, opener, remarks, notices)
         except OSError as error:
             raise DataError(
                 f"the tar file {public_name(path)} cannot be read: {error.strerror or error}",
@@ -99,18 +99,25 @@ def _range(first: str, last: str) -> list[str]:
     return [str(number).zfill(width) for number in range(low, min(high, low + _MAX_FILES) + 1)]
 
 
-def _downloading(paths: Sequence[str], opener: Opener) -> Iterator[tuple[str, Future[str] | None]]:
-    """Each path and, of a URL, where its copy will lie; the next few are downloaded in the meantime."""
+def _ready(paths: Sequence[str], opener: Opener) -> Iterator[tuple[str, Callable[[], Identity]]]:
+    """Each path, and what waits until that version of the file is on this machine; the next few come in the meantime."""
+
+    def prepare(path: str) -> Identity:
+        identity = opener.identity(path)  # first: the copy is of the version that was asked for last
+        opener.local(path)
+        return identity
+
     if not any(map(is_url, paths)):
-        yield from ((path, None) for path in paths)
+        yield from ((path, partial(prepare, path)) for path in paths)
         return
     with ThreadPoolExecutor(_AHEAD) as threads:
-        coming: deque[tuple[str, Future[str]]] = deque()
+        coming: deque[tuple[str, Future[Identity]]] = deque()
         for path in paths:
-            coming.append((path, threads.submit(opener.local, path)))
+            coming.append((path, threads.submit(prepare, path)))
             if len(coming) > _AHEAD:
-                yield coming.popleft()
-        yield from coming
+                name, future = coming.popleft()
+                yield name, future.result
+        yield from ((name, future.result) for name, future in coming)
 
 
 # What is in them
@@ -143,10 +150,9 @@ class _Tar:
             self.remarks.others[extension(member)] += 1
 
 
-def _list_one(path: str, local: str, source: Source, opener: Opener, remarks: Remarks, notices: Notices) -> Iterator[Entry]:
+def _list_one(path: str, identity: Identity, source: Source, opener: Opener, remarks: Remarks, notices: Notices) -> Iterator[Entry]:
     tar = _Tar(path, source, remarks)
-    identity = opener.identity(path)
-    with opener.open(Place(local)) as file:
+    with opener.open(Place(path)) as file:
         if damage := _read_members(file, tar):
             remarks.problems.append((tar.label, damage))
     if tar.skipped.count:
