@@ -63,7 +63,7 @@ class Content:
         self.sample_bytes = sum(column[0].nbytes for column in (self.latents, self.embeds, self.pooled))
 
     def latent_entry(self, number: int) -> dict[str, torch.Tensor]:
-        return {"mean": self.latents[number, :4], "std": self.latents[number, 4:]}
+        return {"moments": self.latents[number]}
 
     def text_entry(self, number: int) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": self.embeds[number], "pooled": self.pooled[number]}
@@ -296,7 +296,7 @@ def hit_shares(size: int = 2000, laps: int = 6) -> dict[str, float]:
 def write_large_index(folder: Path) -> None:
     """An index of a million entries, and files that have the names and sizes of its shards and nothing else."""
     each, dice = INDEX_ENTRIES // INDEX_SHARDS, np.random.default_rng(0)
-    layout = Layout(each, 4096, (Field("mean", "F16", (4, 128, 128)), Field("std", "F16", (4, 128, 128))), (200, 300))
+    layout = Layout(each, 4096, (Field("moments", "F16", (8, 128, 128)),), (200,))
     names = tuple(sorted(f"{dice.bytes(16).hex()}.safetensors" for _ in range(INDEX_SHARDS)))
     keys = np.sort(np.frombuffer(dice.bytes(16 * INDEX_ENTRIES), "S16")).view(np.uint8).reshape(-1, 16)
     places = dice.permutation(INDEX_ENTRIES).astype(np.int32)

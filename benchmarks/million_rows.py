@@ -67,8 +67,8 @@ def prepare(folder: Path, rows: int) -> None:
     for index in range(BATCHES):
         bucket, members = order.batch(index)
         for row in (samples.bucket(bucket).start + member for member in members):
-            shape = (4, *(samples.time_ids[row, 0, 4:] // 8).tolist())
-            pictures.setdefault(shape, {})[samples.latent_key(row, 0)] = {name: torch.zeros(shape).half() for name in ("mean", "std")}
+            shape = (8, *(samples.time_ids[row, 0, 4:] // 8).tolist())
+            pictures.setdefault(shape, {})[samples.latent_key(row, 0)] = {"moments": torch.zeros(shape).half()}
             captions[samples.text_key(samples.text_of[row][0])] = empty
     for entries in pictures.values():
         latents.write(entries)
@@ -86,7 +86,7 @@ def write_index(folder: Path, keys: np.ndarray) -> None:
     keys = np.sort(np.unique(np.ascontiguousarray(keys).view("S16").reshape(-1))).view(np.uint8).reshape(-1, 16)
     count = -(-len(keys) // PER_SHARD)
     names = tuple(f"{'f' * 24}{number:08x}.safetensors" for number in range(count))
-    layout = Layout(PER_SHARD, 4096, (Field("mean", "F16", (4, 128, 128)), Field("std", "F16", (4, 128, 128))), (200, 300))
+    layout = Layout(PER_SHARD, 4096, (Field("moments", "F16", (8, 128, 128)),), (200,))
     places = np.arange(len(keys), dtype=np.int32)
     save_index(folder, ShardIndex(keys, keys, places // PER_SHARD, places % PER_SHARD, names, (layout,) * count))
     for name in names:

@@ -88,8 +88,7 @@ def fill(folder: Path) -> Entries:
         latents.write(
             {
                 latent_key(*place): {
-                    "mean": torch.randn(4, *shape, generator=random).half(),
-                    "std": torch.rand(4, *shape, generator=random).half(),
+                    "moments": torch.cat([torch.randn(4, *shape, generator=random), torch.rand(4, *shape, generator=random)]).half(),
                 }
                 for place in places
             }
@@ -169,7 +168,8 @@ def test_latents_are_drawn_around_their_mean_and_scaled(reader: BatchReader) -> 
     for row, member in enumerate(members):
         view = int(batch.time_ids[row, 2])
         entry = reader.entries.latents.read(latent_key(bucket, member, view))
-        expected = (entry["mean"].float() + entry["std"].float() * eps[row]) * SCALING
+        mean, std = entry["moments"].float().chunk(2)
+        expected = (mean + std * eps[row]) * SCALING
         assert torch.equal(batch.latents[row], expected)
 
 
@@ -301,7 +301,7 @@ def test_captions_that_are_encoded_as_they_come_are_rendered_anew_at_every_posit
 def test_pictures_are_read_for_validation_as_they_are(entries: Entries) -> None:
     samples = samples_of()
     batch = entries.fixed(samples, [9, 7])
-    means = torch.stack([entries.latents.read(latent_key(1, number, 0))["mean"].float() for number in (2, 0)])
+    means = torch.stack([entries.latents.read(latent_key(1, number, 0))["moments"].float()[:4] for number in (2, 0)])
     assert torch.equal(batch.latents, means * SCALING)
     assert not batch.noise.any()
     assert batch.timesteps.tolist() == [0, 0]

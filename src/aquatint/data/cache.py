@@ -202,7 +202,7 @@ def build_latents(
     on_progress: OnProgress = lambda done, total: None,
     on_failure: OnFailure = lambda digest, reason: None,
 ) -> dict[bytes, str]:
-    """Encodes the requests that are not in the store, as entries of `mean` and `std` (4, h, w).
+    """Encodes the requests that are not in the store, as entries of `moments` (8, h, w): the mean and the standard deviation.
 
     The encoder is made only if something is missing, by each process of the engine: this one, unless told otherwise.
     Neighbours among the requests that are cut from one picture are decoded once. Returns why pictures were left out, by
@@ -323,7 +323,7 @@ class LatentWork:
     def encode(self, encoder: LatentEncoder, rows: npt.NDArray[np.float32], which: Sequence[int]) -> list[Entry]:
         images = torch.from_numpy(rows if len(which) == len(rows) else rows[which])
         encoded = encoder.encode(images).to("cpu", getattr(torch, self.dtype))
-        return [{"mean": mean, "std": std} for mean, std in zip(encoded[:, :4], encoded[:, 4:], strict=True)]
+        return [{"moments": moments} for moments in encoded]
 
     def _load(self, file: io.BytesIO) -> Pixels:
         return image.load_image(file, self.alpha_color, self.max_pixels)

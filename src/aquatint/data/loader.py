@@ -71,7 +71,8 @@ class Entries:
     def read_latents(self, samples: Samples, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (B, 4, h, w), float32, unscaled."""
         entries = self.latents.read_batch([samples.latent_key(choice.row, choice.view) for choice in choices])
-        return entries["mean"].float(), entries["std"].float()
+        mean, std = entries["moments"].float().chunk(2, dim=1)
+        return mean, std
 
     def batch(
         self,
