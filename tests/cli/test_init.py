@@ -21,9 +21,17 @@ def test_a_config_is_written_that_loads(here, capsys):
     assert run(["init", "--preset", "full-16gb", "--base", "models/x.safetensors", "--pictures", "a", "--pictures", "b"]) == 0
     config = load_config(here / "run.toml")
     assert config.model.base == here / "models" / "x.safetensors"
-    assert [source.folder for source in config.data.sources] == [here / "a", here / "b"]
+    assert [source.path for source in config.data.sources] == [str(here / "a"), str(here / "b")]
     assert config.optimizer.name == "adafactor"
     assert "aquatint check run.toml" in capsys.readouterr().out
+
+
+def test_pictures_may_be_a_table_or_elsewhere(here):
+    assert run(["init", "--vram", "16", "--pictures", "sets/a.jsonl", "--pictures", "s3://bucket/set-*.tar"]) == 0
+    assert [source["path"] for source in tomllib.loads((here / "run.toml").read_text())["data"]["sources"]] == [
+        str(here / "sets" / "a.jsonl"),
+        "s3://bucket/set-*.tar",
+    ]
 
 
 def test_without_base_and_pictures_it_says_what_to_fill_in(capsys):

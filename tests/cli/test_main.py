@@ -10,7 +10,9 @@ from aquatint.cli import main as module
 from aquatint.cli.main import in_words, run
 from aquatint.errors import DataError, Interrupted, LockedError, NumericalError, ResumeError, StorageError, UsageError
 
-VERBS = ("init", "check", "plan", "cache", "train", "sample", "export", "demo", "doctor", "config")
+VERBS = ("init", "check", "plan", "train", "sample", "export", "demo", "doctor", "import", "data", "cache", "config")
+GROUPS = ("data buckets", "data preview", "cache build", "cache verify", "cache stat", "cache gc", "config explain", "config schema",
+          "config defaults", "config show")  # fmt: skip
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_help_names_every_verb(capsys):
     assert [word for line in shown.partition("Commands:")[2].splitlines() if (word := line[2:9].strip()) and line[2] != " "] == list(VERBS)
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "config explain", "config schema", "config defaults", "config show"])
+@pytest.mark.parametrize("verb", [*VERBS, *GROUPS])
 def test_every_verb_has_help_in_words(capsys, verb):
     assert run([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
@@ -51,7 +53,9 @@ def test_the_version_is_shown(capsys):
     assert capsys.readouterr().out == f"aquatint {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["check", "a.toml", "--no-such-option"], ["config"], []])
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train"], ["check", "a.toml", "--no-such-option"], ["config"], ["data"], ["cache"], ["cache", "gc"], []]
+)
 def test_a_mistake_on_the_command_line_is_exit_code_2(capsys, arguments):
     assert run(arguments) == 2
     captured = capsys.readouterr()

@@ -31,7 +31,6 @@ def calls(monkeypatch):
         monkeypatch.setattr(build, name, work)
 
     stand_in("train_run", SimpleNamespace(state=SimpleNamespace(step=1200), folder=Path("runs/x"), exported=(Path("x.safetensors"),)))
-    stand_in("cache_run", None)
     stand_in("sample_run", Path("sample.png"))
     stand_in("export_run", (Path("a.safetensors"), Path("a")))
     return made
@@ -46,16 +45,10 @@ def test_train_gets_the_checked_config(good, calls, capsys):
     assert "only 1" in captured.err
 
 
-@pytest.mark.parametrize("verb", ["train", "cache"])
-def test_nothing_begins_with_a_wrong_config(good, calls, capsys, verb):
-    assert run([verb, str(good), "training.batchsize=2", "model.base=none.safetensors"]) == 2
+def test_nothing_begins_with_a_wrong_config(good, calls, capsys):
+    assert run(["train", str(good), "training.batchsize=2", "model.base=none.safetensors"]) == 2
     assert calls == []
     assert capsys.readouterr().err.count("error: ") == 2
-
-
-def test_cache_gets_the_checked_config(good, calls):
-    assert run(["cache", str(good)]) == 0
-    assert calls[0][0] == "cache_run"
 
 
 def test_sample_tells_prompts_from_settings(good, calls, capsys):

@@ -146,10 +146,11 @@ def test_a_copied_tree_without_its_times_is_seen_through_by_a_rehash(tmp_path, p
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert scanned(tmp_path) == (before, [])
+    draw(pictures / "new.png", zoo.GREEN)
     after, opened = scanned(tmp_path, rehash=True)
-    assert len(opened) == 20
+    assert len(opened) == 21
     assert "pictures/4.png: has other bytes than before, though its size and times are the same" in after.warnings
-    assert (before.digests != after.digests).any(axis=1).sum() == 1
+    assert len({digest.tobytes() for digest in after.digests} - {digest.tobytes() for digest in before.digests}) == 2
     assert scanned(tmp_path)[1] == []
 
 
@@ -177,6 +178,33 @@ def test_pictures_that_come_and_go(tmp_path, pictures):
     assert opened == ["0a.png", "z.png"]
     assert after == scanned(tmp_path, index_folder=None)[0]
     assert scanned(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("name", ["0.png", "bad.png", "bare.png"])  # the first used, the only rejected, the last used
+def test_a_picture_that_goes_is_gone(tmp_path, pictures, name):
+    scanned(tmp_path)
+    (pictures / name).unlink()
+    after, opened = scanned(tmp_path)
+    assert opened == []
+    assert after.listed == 10
+    assert f"pictures/{name}" not in {one.name for one in (*after.pictures(), *after.rejected)}
+    assert scanned(tmp_path) == (after, [])
+
+
+def test_a_bad_picture_stays_bad_with_another_caption(tmp_path, pictures):
+    first, _ = scanned(tmp_path)
+    (pictures / "bad.txt").write_text("a caption")
+    assert scanned(tmp_path)[0] == first
+
+
+def test_an_index_is_unchanged_only_if_every_row_comes_up_in_its_order(tmp_path, pictures):
+    scanned(tmp_path)
+    listed = indexing.list_source(Source(str(pictures)), Opener(), index_folder=tmp_path / "index", max_pixels=MAX_PIXELS)
+    assert listed.is_unchanged
+    assert listed.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 9]  # the rejected one is numbered last
+    assert replace(listed, rows=np.arange(11)).is_unchanged
+    for rows in ([1, 0, *range(2, 11)], [0, 0, *range(2, 11)], range(10), range(1, 11)):
+        assert not replace(listed, rows=np.array(rows)).is_unchanged
 
 
 def test_a_file_that_has_just_changed_is_looked_into_once_more(tmp_path, pictures, monkeypatch):
@@ -395,10 +423,11 @@ def test_an_unchanged_table_is_not_read_but_its_files_are_asked(tmp_path, pictur
 
 def test_a_table_that_has_just_changed_is_read_once_more(tmp_path, pictures, monkeypatch):
     source = write_table(pictures, [("0.png", "zero")])
-    monkeypatch.setattr(indexing, "_TICK_NS", 10**11)
+    itself, has_settled = Opener().identity(source.path), indexing._has_settled
+    monkeypatch.setattr(indexing, "_has_settled", lambda some, now: itself not in (some := list(some)) and has_settled(some, now))
     scanned(tmp_path, source)
     monkeypatch.undo()
-    assert scanned(tmp_path, source)[1] == ["0.png", "metadata.jsonl"]
+    assert scanned(tmp_path, source)[1] == ["metadata.jsonl"]
     assert scanned(tmp_path, source)[1] == []
 
 
@@ -410,6 +439,15 @@ def test_a_file_that_a_table_misses_may_come_later(tmp_path, pictures):
     second, opened = scanned(tmp_path, source)
     assert opened == ["later.png", "metadata.jsonl"]
     assert len(second) == 2
+
+
+def test_a_table_that_was_touched_is_read_once(tmp_path, pictures):
+    source = write_table(pictures, [("0.png", "zero")])
+    first, _ = scanned(tmp_path, source)
+    os.utime(pictures / "metadata.jsonl", (1, 1))
+    assert scanned(tmp_path, source) == (first, ["metadata.jsonl"])
+    assert scanned(tmp_path, source) == (first, [])
+    assert scanned(tmp_path, source, rehash=True) == (first, ["0.png", "metadata.jsonl"])
 
 
 def test_the_masks_of_an_unchanged_table_are_asked_too(tmp_path, pictures):
@@ -458,6 +496,19 @@ def test_an_unchanged_tar_is_not_opened(tmp_path, pictures):
     assert [len(one.captions) for one in second.pictures()] == [1, 1, 0]
     write_tar(tmp_path / "c.tar", ["3.png"], pictures)
     assert len(scanned(tmp_path, source)[0]) == 4
+
+
+def test_what_could_not_be_read_of_a_tar_is_tried_again(tmp_path, pictures):
+    class Broken(Spy):
+        def open(self, place):
+            if 0 < place.start < 2000:  # the first one
+                raise OSError(5, "Input/output error")
+            return super().open(place)
+
+    write_tar(tmp_path / "a.tar", ["0.png", "1.png"], pictures)
+    source = Source(str(tmp_path / "a.tar"), kind="tar")
+    assert len(scanned(tmp_path, source, opener=Broken())[0]) == 1
+    assert len(scanned(tmp_path, source)[0]) == 2
 
 
 def test_what_a_tar_says_of_itself_is_remembered(tmp_path, pictures):

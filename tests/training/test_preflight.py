@@ -23,7 +23,7 @@ def config_of(tmp_path, tiny_base):
     def build(**sections):
         values = {
             "model": {"base": tiny_base},
-            "data": {"sources": [{"path": pictures}]},
+            "data": {"sources": [{"path": str(pictures)}]},
             "run": {"folder": tmp_path / "runs"},
             "cache": {"folder": tmp_path / "cache"},
         }
@@ -100,23 +100,23 @@ def test_an_epsilon_base_can_be_retrained_but_not_by_accident(config_of, setting
 
 
 def test_a_missing_folder_is_named_with_the_one_that_was_meant(config_of, tmp_path):
-    problem = only(config_of(data={"sources": [{"path": tmp_path / "pictuers"}]}))
+    problem = only(config_of(data={"sources": [{"path": str(tmp_path / "pictuers")}]}))
     assert "there is no folder" in problem.message
     assert str(tmp_path / "pictures") in problem.hint
 
 
 def test_a_file_in_place_of_a_folder_is_named(config_of, tmp_path):
-    assert "is a file" in only(config_of(data={"sources": [{"folder": tmp_path / "pictures" / "a.png"}]})).message
+    assert "is a file" in only(config_of(data={"sources": [{"path": str(tmp_path / "pictures" / "a.png")}]})).message
 
 
 def test_a_folder_without_pictures_tells_what_lies_there(config_of, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "readme.md").touch()
-    assert "only other files (1 .md)" in only(config_of(data={"sources": [{"folder": tmp_path / "texts"}]})).message
+    assert "only other files (1 .md)" in only(config_of(data={"sources": [{"path": str(tmp_path / "texts")}]})).message
 
 
 def test_every_source_is_looked_at(config_of, tmp_path):
-    sources = [{"folder": tmp_path / "x"}, {"folder": tmp_path / "pictures"}, {"folder": tmp_path / "y"}]
+    sources = [{"path": str(tmp_path / "x")}, {"path": str(tmp_path / "pictures")}, {"path": str(tmp_path / "y")}]
     found = inspect(Inspection(config_of(data={"sources": sources}), place=lambda key: key))
     assert [problem.where for problem in found.problems] == ["data.sources.0.path", "data.sources.2.path"]
 
@@ -124,7 +124,7 @@ def test_every_source_is_looked_at(config_of, tmp_path):
 def test_missing_captions_are_counted_over_all_pictures_as_the_run_does(config_of, tmp_path):
     (tmp_path / "pictures" / "a.txt").unlink()
     problem = only(config_of())
-    assert problem.message == "1 of 4 pictures have no caption (a.png)"
+    assert problem.message == "1 of 4 pictures have no caption (pictures/a.png)"
     assert "max_uncaptioned_share = 1" in problem.hint
     assert preflight(config_of(data={"max_uncaptioned_share": 0.25})) == []
 
@@ -132,12 +132,49 @@ def test_missing_captions_are_counted_over_all_pictures_as_the_run_does(config_o
 def test_captions_in_other_files_are_pointed_out(config_of, tmp_path):
     for path in list((tmp_path / "pictures").glob("*.txt")):
         path.rename(path.with_suffix(".caption"))
-    assert 'set `caption_extension = ".caption"`' in only(config_of()).hint
+    assert 'set `caption_extensions = [".caption"]`' in only(config_of()).hint
 
 
-def test_fewer_pictures_than_a_step_takes_is_worth_a_word(config_of):
+def test_pictures_that_need_no_caption_are_not_asked_for_one(config_of, tmp_path):
+    """As in the run: those of a source with trigger words, and those that are only measured."""
+    for folder in ("bare", "measured"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").touch()
+    bare, measured = ({"path": str(tmp_path / name)} for name in ("bare", "measured"))
+    own = {"path": str(tmp_path / "pictures")}
+    assert "1 of 5 pictures have no caption (bare/x.png)" in only(config_of(data={"sources": [own, bare]})).message
+    assert preflight(config_of(data={"sources": [own, bare | {"trigger": "ohwx"}]})) == []
+    assert preflight(config_of(data={"sources": [own, measured | {"role": "validation"}]})) == []
+
+
+def test_fewer_pictures_than_a_step_takes_is_worth_a_word(config_of, tmp_path):
     (notice,) = inspect(Inspection(config_of(training={"batch_size": 8}))).notices
     assert "only 4" in notice
+    (tmp_path / "measured").mkdir()
+    for index in range(8):
+        (tmp_path / "measured" / f"{index}.png").touch()
+    sources = [{"path": str(tmp_path / "pictures")}, {"path": str(tmp_path / "measured"), "role": "validation"}]
+    (notice,) = inspect(Inspection(config_of(training={"batch_size": 8}, data={"sources": sources}))).notices
+    assert "only 4" in notice, "pictures for validation are not trained"
+
+
+def test_what_is_elsewhere_is_not_fetched_and_not_counted(config_of, tmp_path):
+    sources = [{"path": str(tmp_path / "pictures")}, {"path": "https://user:secret@example.invalid/set.parquet?token=secret"}]
+    found = inspect(Inspection(config_of(training={"batch_size": 8}, data={"sources": sources})))
+    assert found.problems == found.notices == []
+    assert found.looked_at[2] == "pictures: https://example.invalid/set.parquet is elsewhere, and is looked at when the run begins"
+
+
+def test_a_table_is_read_and_its_bad_rows_are_worth_a_word(config_of, tmp_path):
+    table = tmp_path / "pictures" / "metadata.jsonl"
+    table.write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": "y"}\n{"file_name": "none.png", "text": "z"}\n')
+    found = inspect(Inspection(config_of()))
+    assert f"pictures: 2 in {tmp_path / 'pictures'}, 2 with a caption" in found.looked_at
+    (notice,) = found.notices
+    assert notice.startswith(f"1 of what {tmp_path / 'pictures'} lists cannot be used: ")
+    assert "none.png" in notice
+    table.write_text("not a table\n")
+    assert str(table) in only(config_of()).message
 
 
 @pytest.mark.parametrize("key", ["run", "cache"])
@@ -198,8 +235,16 @@ def test_packages_that_are_asked_for_must_be_there(config_of, monkeypatch):
     assert preflight(config_of()) == []
 
 
+@pytest.mark.parametrize(("section", "package"), [({"cache": {"engine": "ray"}}, "ray"), ({"crop": {"mode": "focus"}}, "smartcrop")])
+def test_packages_of_the_data_half_must_be_there_too(config_of, monkeypatch, section, package):
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else find_spec(name))
+    problem = only(config_of(**section))
+    assert package in problem.message
+    assert "pip install aquatint[" in problem.hint
+
+
 def test_settings_without_a_value_are_not_looked_at(config_of, tmp_path):
-    config = config_of(model={"base": tmp_path / "missing"}, data={"sources": [{"folder": tmp_path / "missing"}]})
+    config = config_of(model={"base": tmp_path / "missing"}, data={"sources": [{"path": str(tmp_path / "missing")}]})
     assert inspect(Inspection(config, broken={"model.base", "data.sources"})).problems == []
     assert inspect(Inspection(config, broken={"model", "data"})).problems == []
     assert len(inspect(Inspection(config, broken={"ema.decay"})).problems) == 2

@@ -1,106 +1,145 @@
-from pathlib import Path
+import json
 
-import numpy as np
 import pytest
 
-from aquatint.config.schema import Config
-from aquatint.data.manifest import Manifest, Picture
-from aquatint.training.prepare import lay_out, plan_digest
+from aquatint.data import indexing
+from aquatint.errors import DataError
+from aquatint.models.sdxl.load import open_base
+from aquatint.training import prepare as module
+from aquatint.training.prepare import prepare
+from tests import zoo
 from tests.runs import small_config
 
-DIGESTS = {"vae": "a", "text_encoders": "b"}
-SIZES_HW = [(64, 64), (48, 80), (80, 48), (64, 64)]
-
-
-def manifest(count: int = 40, *, rename: str = "", caption: str = "a red circle", repeats: int = 1) -> Manifest:
-    rng = np.random.default_rng(0)
-    pictures = tuple(
-        Picture(Path(f"{rename}{i}.png"), f"{rename}{i}.png", rng.bytes(16).hex(), SIZES_HW[i % 4], caption, repeats) for i in range(count)
-    )
-    return Manifest(pictures, ())
+SHAPES_HW = [(96, 96), (80, 120), (120, 80)]
+CUT = zoo.cut(zoo.encoded(zoo.textured((96, 96), seed=5), "PNG"), 0.6)  # its header is fine
 
 
 @pytest.fixture
-def config(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
-    return lambda **sections: small_config(tmp_path, tmp_path / "base.safetensors", **sections)
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(9):
+        (folder / f"{index}.png").write_bytes(zoo.encoded(zoo.textured(SHAPES_HW[index % 3], seed=index), "PNG"))
+        (folder / f"{index}.txt").write_text(f"number {index}, paper")
+    return folder
 
 
-def digest(config: Config, pictures: Manifest) -> str:
-    return plan_digest(config, lay_out(config, pictures, DIGESTS))
+@pytest.fixture
+def prepared(tmp_path, tiny_base):
+    """Prepares a run over the pictures, and returns it with what it said."""
+
+    def run(source=None, **sections):
+        sections = {"validation": {"every": None}, "buckets": {"resolution": 64, "min_side": 32, "max_side": 128}, **sections}
+        sections["data"] = {
+            "sources": [{"path": str(tmp_path / "pictures"), **(source or {})}],
+            "max_bad_share": 0.5,
+            **sections.get("data", {}),
+        }
+        config, said = small_config(tmp_path, tiny_base, **sections), []
+        return prepare(config, open_base(config.model.base), say=said.append), said
+
+    return run
 
 
-def test_every_picture_is_trained_or_held_out(config):
-    layout = lay_out(config(), manifest(), DIGESTS)
-    trained = {item.name for group in layout.train for item in group}
-    held_out = {item.name for group in layout.held_out for item in group}
-    assert len(held_out) == 2
-    assert trained | held_out == {f"{i}.png" for i in range(40)}
-    assert not trained & held_out
+def used(data):
+    return {picture.name for picture in data.manifest.pictures()}
 
 
-def test_nothing_is_held_out_when_validation_is_off(config):
-    layout = lay_out(config(validation={"every": None}), manifest(), DIGESTS)
-    assert sum(map(len, layout.train)) == 40
-    assert layout.held_out == ()
+def test_everything_that_is_wanted_is_there_and_a_second_time_nothing_is_said(pictures, prepared, monkeypatch):
+    data, said = prepared(validation={"every": "4 steps", "share": 0.3})
+    assert [line.partition(" to ")[0].split() for line in said] == [["captions", "10"], ["pictures", "7"], ["held", "out", "2"]]
+    for side in (data.train, data.held_out):
+        assert data.stores.latents.has(side.latent_keys.reshape(-1, 16)).all()
+        assert data.stores.texts.has(side.text_keys).all()
+    assert data.entries.empty_text_key in data.stores.texts
+    monkeypatch.setattr(module, "open_base", lambda *arguments: pytest.fail("no encoder is needed"))
+    again, said = prepared(validation={"every": "4 steps", "share": 0.3})
+    assert said == []
+    assert again.digest == data.digest
 
 
-def test_with_share_zero_the_measured_pictures_are_trained_too(config):
-    layout = lay_out(config(validation={"share": 0.0}), manifest(), DIGESTS)
-    assert sum(map(len, layout.train)) == 40
-    assert sum(map(len, layout.held_out)) == 2
+def test_what_is_encoded_is_counted_by_content_and_crop(pictures, prepared):
+    """Crops of a picture that fits are all alike, and so are those of its copy."""
+    for index in range(9):
+        (pictures / f"{index}.png").write_bytes(zoo.encoded(zoo.textured((64, 64), seed=index), "PNG"))
+    for ending in (".png", ".txt"):
+        (pictures / f"copy{ending}").write_bytes((pictures / f"0{ending}").read_bytes())
+    data, said = prepared(crop={"mode": "random", "variants": 3, "flip_prob": 0.5})
+    assert said[-1].startswith("pictures    18 views of 10 pictures to encode: 10 new")
+    assert len(data.stores.latents) == 18
 
 
-def test_repeats_count_in_training_and_not_in_validation(config):
-    layout = lay_out(config(), manifest(repeats=3), DIGESTS)
-    assert sum(map(len, layout.train)) == 3 * 38
-    assert sum(map(len, layout.held_out)) == 2
-
-
-def test_renaming_files_changes_nothing(config):
-    assert digest(config(), manifest()) == digest(config(), manifest(rename="holiday/"))
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"training": {"batch_size": 3}},
-        {"training": {"accumulation_steps": 2}},
-        {"run": {"name": "test", "seed": 1}},
-        {"crop": {"flip_prob": 0.5}},
-        {"buckets": {"resolution": 96}},
-        {"captions": {"dropout_prob": 0.2}},
-    ],
-)
-def test_what_decides_a_batch_is_in_the_digest(config, sections: dict):
-    assert digest(config(**sections), manifest()) != digest(config(), manifest())
-
-
-@pytest.mark.parametrize(
-    "sections", [{"training": {"length": "99 steps"}}, {"optimizer": {"learning_rate": 1e-2}}, {"samples": {"prompts": ["x"]}}]
-)
-def test_what_does_not_decide_a_batch_is_not(config, sections: dict):
-    assert digest(config(**sections), manifest()) == digest(config(), manifest())
-
-
-def test_another_caption_or_encoder_is_another_entry(config):
-    layouts = [
-        lay_out(config(), manifest(), DIGESTS),
-        lay_out(config(), manifest(caption="a blue square"), DIGESTS),
-        lay_out(config(), manifest(), DIGESTS | {"text_encoders": "c"}),
-        lay_out(config(), manifest(), DIGESTS | {"vae": "d"}),
+def test_a_picture_that_cannot_be_decoded_is_left_out_and_remembered_by_its_content(pictures, prepared, tmp_path):
+    (pictures / "4.png").write_bytes(CUT)
+    data, said = prepared()
+    assert [line for line in said if line.startswith("quarantined")] == [
+        "quarantined: pictures/4.png: is a damaged PNG file: image file is truncated"
     ]
-    first, caption, text, vae = ((set(layout.wanted.latents), set(layout.wanted.captions)) for layout in layouts)
-    assert caption[0] == first[0]
-    assert caption[1] != first[1]
-    assert text[0] == first[0]
-    assert not text[1] & first[1]
-    assert not vae[0] & first[0]
-    assert vae[1] == first[1]
+    assert len(data.manifest) == len(data.train) == 8
+    (one,) = data.manifest.rejected
+    assert (one.name, one.bad) == ("pictures/4.png", True)
+    (reason,) = json.loads((tmp_path / "cache" / "quarantine.json").read_text()).values()
+    assert reason == one.reason
+    again, said = prepared()
+    assert said == []
+    assert again.manifest.rejected == data.manifest.rejected
+    (pictures / "4.png").write_bytes(zoo.encoded(zoo.textured((96, 96), seed=4), "PNG"))
+    assert len(prepared()[0].train) == 9
 
 
-def test_random_crops_and_mirrors_are_views_of_one_item(config):
-    layout = lay_out(config(crop={"mode": "random", "variants": 3, "flip_prob": 0.5}), manifest(), DIGESTS)
-    items = [item for group in layout.train for item in group]
-    assert {len(item.views) for item in items} == {6}
-    assert max(len({view.latent_key for view in item.views}) for item in items) == 6  # a picture that just fits has only one crop
+def test_a_mask_that_cannot_be_decoded_keeps_its_picture_out_until_it_is_repaired(pictures, prepared, tmp_path):
+    (pictures / "3-masklabel.png").write_bytes(zoo.encoded(zoo.textured((96, 96), seed=30), "PNG"))
+    (pictures / "6-masklabel.png").write_bytes(CUT)
+    data, said = prepared({"masks": "files"})
+    reason = "its mask is a damaged PNG file: image file is truncated"
+    assert [line for line in said if line.startswith("quarantined")] == [f"quarantined: pictures/6.png: {reason}"]
+    assert [(one.name, one.reason) for one in data.manifest.rejected] == [("pictures/6.png", reason)]
+    assert len(data.train) == 8
+    again, said = prepared({"masks": "files"})
+    assert said == []
+    assert again.digest == data.digest
+    (pictures / "6-masklabel.png").write_bytes(zoo.encoded(zoo.textured((96, 96), seed=40), "PNG"))
+    assert len(prepared({"masks": "files"})[0].train) == 9
+    assert len(prepared({"masks": "none"})[0].train) == 9
+
+
+def test_too_many_that_turn_out_to_be_bad_are_refused_by_name(pictures, prepared):
+    for index in (2, 4, 6):
+        (pictures / f"{index}.png").write_bytes(CUT + bytes([index]))
+    with pytest.raises(DataError, match=r"3 of 9 pictures cannot be used.*pictures/2\.png \(is a damaged PNG"):
+        prepared(data={"max_bad_share": 0.2})
+
+
+def test_a_picture_that_changes_while_it_is_encoded_is_looked_at_again(pictures, prepared, tmp_path, monkeypatch):
+    """It is no fault of its content, and nothing of it is remembered."""
+    monkeypatch.setattr(indexing, "_has_settled", lambda identities, now_ns: False)  # as if the clock had not moved on
+    real, changed = module.build_latents, []
+
+    def change_first(*arguments, **settings):
+        if not changed:
+            changed.append((pictures / "4.png").write_bytes(zoo.encoded(zoo.textured((96, 96), seed=77), "PNG")))
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(module, "build_latents", change_first)
+    data, said = prepared()
+    assert "quarantined: pictures/4.png: was changed while the pictures were being encoded" in said
+    assert len(data.train) == 9
+    assert data.manifest.rejected == ()
+    assert json.loads((tmp_path / "cache" / "quarantine.json").read_text()) == {}
+
+
+def test_a_damaged_file_of_the_cache_is_named_and_made_again(pictures, prepared, tmp_path):
+    data, _ = prepared()
+    (shard, *_) = sorted((tmp_path / "cache" / "latents").glob("????????????????????????????????.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    again, said = prepared()
+    assert said[0].startswith(f"warning: the cache file {shard.name}")
+    assert said[1].endswith("no longer in the cache")
+    assert again.digest == data.digest
+    assert again.stores.latents.has(again.train.latent_keys.reshape(-1, 16)).all()
+
+
+@pytest.mark.parametrize(("repeats", "expected"), [(1, 9), (0.5, 4), (2, 18), (0.34, 3), (0.01, 1)])
+def test_an_epoch_has_as_many_samples_as_the_repeats_say(pictures, prepared, repeats, expected):
+    data, _ = prepared({"repeats": repeats})
+    assert data.samples_per_epoch == expected

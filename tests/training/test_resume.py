@@ -9,7 +9,7 @@ from aquatint.training.resume import accept_config, changes
 
 
 def config(**overrides) -> dict:
-    values = {"model": {"base": "a.safetensors"}, "data": {"sources": [{"folder": "pictures"}]}, **overrides}
+    values = {"model": {"base": "a.safetensors"}, "data": {"sources": [{"path": "pictures"}]}, **overrides}
     return dump(Config.model_validate(values))
 
 

@@ -48,18 +48,22 @@ def batch(size: int, seed: int = 0, timestep: int | None = None) -> Batch:
         prompt_embeds=torch.zeros(size, 77, 8),
         pooled_prompt_embeds=torch.zeros(size, 8),
         time_ids=torch.zeros(size, 6),
+        loss_weights=torch.ones(size),
         names=tuple(f"{seed}-{i}" for i in range(size)),
         positions=tuple(range(size)),
+        sources=(0,) * size,
     )
 
 
 def joined(*batches: Batch) -> Batch:
-    tensors = ("latents", "noise", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+    tensors = ("latents", "noise", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "time_ids", "loss_weights")
+    size = sum(len(one.names) for one in batches)
     return replace(
         batches[0],
         **{name: torch.cat([getattr(one, name) for one in batches]) for name in tensors},
         names=tuple(name for one in batches for name in one.names),
-        positions=tuple(range(sum(len(one.names) for one in batches))),
+        positions=tuple(range(size)),
+        sources=(0,) * size,
     )
 
 
@@ -89,6 +93,36 @@ def test_the_weight_belongs_to_each_sample_by_its_timestep():
     alone = train_step(parts(), [batch(1, seed=1, timestep=10)], 0)
     assert report.loss == pytest.approx(alone.loss / 2, rel=1e-6)
     assert report.gradient_norm == pytest.approx(alone.gradient_norm / 2, rel=1e-6)
+
+
+def test_a_sample_weighs_what_its_picture_does():
+    """Weights of 1 and 0.25: the second sample counts for a quarter, in the loss and in the gradient."""
+    first, second = batch(1, seed=1), batch(1, seed=2)
+    mixed = replace(joined(first, second), loss_weights=torch.tensor([1.0, 0.25]))
+    one, other, report = train_step(parts(), [first], 0), train_step(parts(), [second], 0), train_step(parts(), [mixed], 0)
+    assert report.loss == pytest.approx((one.loss + 0.25 * other.loss) / 2, rel=1e-6)
+    apart = train_step(parts(), [first, replace(second, loss_weights=torch.tensor([0.25]))], 0)
+    assert apart.loss == pytest.approx(report.loss, rel=1e-6)
+    assert apart.gradient_norm == pytest.approx(report.gradient_norm, rel=1e-6)
+
+
+def test_only_what_is_inside_the_mask_counts():
+    """A picture whose left half is masked out costs what a picture of its right half alone does."""
+    one = batch(2, timestep=500)
+    masks = torch.ones(2, 1, 8, 8)
+    masks[0, :, :, :4] = 0.0
+    masked = train_step(parts(), [replace(one, masks=masks)], 0)
+    right = replace(one, latents=one.latents[..., 4:], noise=one.noise[..., 4:])
+    halves = [
+        replace(one, **{name: getattr(which, name)[row : row + 1] for name in ("latents", "noise")})
+        for row, which in ((0, right), (1, one))
+    ]
+    halves = [replace(half, timesteps=one.timesteps[:1], loss_weights=torch.ones(1), names=("x",)) for half in halves]
+    apart = train_step(parts(), halves, 0)
+    assert masked.loss == pytest.approx(apart.loss, rel=1e-5)
+    assert masked.gradient_norm == pytest.approx(apart.gradient_norm, rel=1e-5)
+    everything = train_step(parts(), [replace(one, masks=torch.ones(2, 1, 8, 8))], 0)
+    assert everything.loss == pytest.approx(train_step(parts(), [one], 0).loss, rel=1e-6)
 
 
 def test_the_learning_rate_of_the_step_is_used():

@@ -40,19 +40,19 @@ def build(
 @app.command()
 def verify(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read every entry and every picture again. What is damaged is removed, and made again by the next build."""
-    checked = checked_config(config, overrides)
+    from aquatint.config.load import load_config
     from aquatint.training.caching import verify_run
 
-    typer.echo(verify_run(checked))
+    typer.echo(verify_run(load_config(config, overrides or [])))
 
 
 @app.command()
 def stat(config: ConfigFile, overrides: Overrides = None) -> None:
     """How many entries there are, how large they are, and how many of them this config uses."""
-    checked = checked_config(config, overrides)
+    from aquatint.config.load import load_config
     from aquatint.training.caching import stat_run
 
-    typer.echo(stat_run(checked))
+    typer.echo(stat_run(load_config(config, overrides or [])))
 
 
 @app.command()
@@ -61,7 +61,7 @@ def gc(
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it, only tells what would be removed.")] = False,
 ) -> None:
     """Remove the entries that none of these configs uses. Refused while a run uses the cache."""
-    checked = [checked_config(config, None) for config in configs]
+    from aquatint.config.load import load_config  # no more than that: a disk that is full is a reason to come here
     from aquatint.training.caching import gc_run
 
-    typer.echo(gc_run(checked, remove=remove))
+    typer.echo(gc_run([load_config(config) for config in configs], remove=remove))

@@ -19,7 +19,9 @@ def init(
     preset: Annotated[str | None, typer.Option(help=f"What to begin with: {PRESETS}.")] = None,
     vram: Annotated[float | None, typer.Option(metavar="GB", help="The GPU's memory, which chooses the preset.")] = None,
     base: Annotated[Path | None, typer.Option(help="The base model.")] = None,
-    pictures: Annotated[list[Path] | None, typer.Option(metavar="FOLDER", help="A folder of pictures; may be given again.")] = None,
+    pictures: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="A folder, table, tar or URL of pictures; may be given again.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The name of the run.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Only what the preset sets, without the other settings.")] = False,
 ) -> None:
@@ -35,7 +37,9 @@ def init(
     chosen = choose_preset(preset, vram)
     if base is not None:
         changes["model.base"] = base.absolute()
-    changes |= {f"data.sources.{index}.folder": folder.absolute() for index, folder in enumerate(pictures or [])}
+    changes |= {
+        f"data.sources.{index}.path": place if "://" in place else str(Path(place).absolute()) for index, place in enumerate(pictures or [])
+    }
     write_text(path, render(chosen, changes, every_setting=not short))
     typer.echo(f"wrote {path} from the preset {chosen.name}")
     missing = [key for key, value in (("model.base", base), ("data.sources", pictures)) if not value]

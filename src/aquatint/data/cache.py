@@ -34,6 +34,7 @@ from aquatint.storage import storage_errors
 KEY_VERSION = 1  # raise it when keys are made of other things than before
 PICTURE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels than before
 MASK_VERSION = 1  # and this one for masks
+TEXT_VERSION = 1  # and this one when a text is cut into tokens or chunks in another way, or read from other layers
 FILE_CHANGED = "was changed while the pictures were being encoded"  # no fault of the content that was listed
 NOT_FINITE = "the autoencoder gives numbers that are not finite for it"  # which another autoencoder need not do
 TEXT_NOT_FINITE = "the text encoders give numbers that are not finite for it"
@@ -86,7 +87,7 @@ def mask_recipe(kind: Literal["alpha", "file"]) -> bytes:
 
 def text_recipe(*, encoder_digest: str, dtype: Dtype) -> bytes:
     """A digest of all that embeddings depend on beside the text: 16 bytes."""
-    return _digest("text", encoder_digest, dtype)
+    return _digest("text", TEXT_VERSION, encoder_digest, dtype)
 
 
 def latent_keys(picture_digests: Keys, crops: Int32s, recipe: bytes) -> Keys:

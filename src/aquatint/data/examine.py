@@ -16,8 +16,6 @@ from aquatint.data.sources.listing import Source
 from aquatint.data.sources.names import printable
 from aquatint.errors import StorageError
 
-_MASK_ASPECT = 1.02  # a mask whose aspect is further than this from its picture's was probably made for another one
-
 Captions: TypeAlias = tuple[str, ...]
 
 
@@ -25,7 +23,7 @@ Captions: TypeAlias = tuple[str, ...]
 class Finding:
     """What was found out. With a `reason`, which reads well after the name, the picture cannot be used.
 
-    `notices` are about the picture, `remarks` about its caption and mask. What does not last is looked into again next time.
+    `notices` are about the picture, `remarks` about its caption. What does not last is looked into again next time.
     """
 
     digest: bytes | None = None
@@ -101,11 +99,10 @@ def _with_mask(finding: Finding, row: Mapping[str, Any], opener: Opener, max_pix
         return finding
     with _reading(_label("its mask", place)), opener.open(place) as file:
         digest, header = digest_picture(file), read_header(file, max_pixels)
-    assert finding.size_hw is not None
-    (height, width), (mask_height, mask_width) = finding.size_hw, header.size_hw
-    odd = not 1 / _MASK_ASPECT <= (width * mask_height) / (height * mask_width) <= _MASK_ASPECT
-    remark = ("its mask has another shape, and is stretched to fit",) if odd else ()
-    return replace(finding, mask_digest=digest, remarks=(*finding.remarks, *remark))
+        if header.size_hw != finding.size_hw:
+            (height, width), (mask_height, mask_width) = finding.size_hw or (0, 0), header.size_hw
+            raise BadImage(f"has {mask_width} x {mask_height} pixels, and the picture {width} x {height}; save it in the same size")
+    return replace(finding, mask_digest=digest)
 
 
 # Captions

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aquatint.data.batch import Batch, join_texts
 from aquatint.data.captions import CaptionPolicy, draw_dropout, render
+from aquatint.data.engines import how_it_ended
 from aquatint.data.sampler import Order
 from aquatint.data.samples import Samples
 from aquatint.data.shards import ShardStore
@@ -298,16 +299,10 @@ def _check_alive(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if not process.is_alive():
             raise AquatintError(
-                f"a process that reads batches has died ({_how_it_ended(process.exitcode)})",
+                f"a process that reads batches has died ({how_it_ended(process.exitcode)})",
                 hint="the machine or container may be short of memory or shared memory: lower loader.workers or loader.prefetch, "
                 "then run the same command again",
             )
-
-
-def _how_it_ended(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"signal {-exit_code}, {signal.strsignal(-exit_code)}"
-    return f"exit code {exit_code}"
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -74,8 +74,11 @@ class Speed:
         return self.seconds / (self.last - self.first)
 
 
-def forecast_lines(config: Config, tracer: Tracer, plan: StepPlan, num_pictures: int) -> list[str]:
-    """The arithmetic of the run, then the measured time if there is one, and a forecast if not. Raises StorageError."""
+def forecast_lines(config: Config, tracer: Tracer, plan: StepPlan, num_pictures: int, apart: int = 0) -> list[str]:
+    """The arithmetic of the run, then the measured time if there is one, and a forecast if not. Raises StorageError.
+
+    `num_pictures` are all that are found, `apart` those of them in sources for validation.
+    """
     size_hw, folder = largest_bucket(config), config.run.folder / config.run.name
     work = plan_work(config, tracer, size_hw, plan)
     lines = work_lines(work, size_hw, recomputes=config.training.gradient_checkpointing)
@@ -84,7 +87,7 @@ def forecast_lines(config: Config, tracer: Tracer, plan: StepPlan, num_pictures:
         return [*lines, "", *speed_lines(speed, work, folder)]
     if config.training.precision == "fp32":
         return [*lines, "", "there is no forecast for `training.precision = fp32`, which takes several times as long as bf16"]
-    return [*lines, "", *card_lines(work), "", *extra_lines(plan_extras(config, tracer, size_hw, work, num_pictures), work)]
+    return [*lines, "", *card_lines(work), "", *extra_lines(plan_extras(config, tracer, size_hw, work, num_pictures, apart), work)]
 
 
 def plan_work(config: Config, tracer: Tracer, size_hw: tuple[int, int], plan: StepPlan) -> Work:
@@ -93,13 +96,13 @@ def plan_work(config: Config, tracer: Tracer, size_hw: tuple[int, int], plan: St
     return Work(cost.forward_flops / batch_size, cost.flops / batch_size, plan.samples_per_step, plan.steps)
 
 
-def plan_extras(config: Config, tracer: Tracer, size_hw: tuple[int, int], work: Work, num_pictures: int) -> list[Extra]:
+def plan_extras(config: Config, tracer: Tracer, size_hw: tuple[int, int], work: Work, num_pictures: int, apart: int = 0) -> list[Extra]:
     """Encoding, validation and sample pictures, as far as the run has them."""
     encode, views = tracer.encode(config, size_hw).flops / config.cache.batch_size, views_per_picture(config) * num_pictures
     what = f"{count(views, 'view')} × {tflop(encode)}, in {config.cache.vae_precision}"
     extras = [Extra("encoding what is not in the cache", what, views * encode)]
     if config.validation.every is not None:
-        held_out, levels = validation_pictures(config, num_pictures), config.validation.timesteps
+        held_out, levels = validation_pictures(config, num_pictures, apart), config.validation.timesteps
         how = f"{count(held_out, 'picture')} × {count(levels, 'noise level')} × {tflop(work.forward)}"
         extras.append(Extra("each validation", how, held_out * levels * work.forward))
     if makes_samples(config):
@@ -111,11 +114,11 @@ def plan_extras(config: Config, tracer: Tracer, size_hw: tuple[int, int], work: 
     return extras
 
 
-def validation_pictures(config: Config, num_pictures: int) -> int:
-    """About how many pictures each validation measures: held-out ones, or some of the training set."""
+def validation_pictures(config: Config, num_pictures: int, apart: int = 0) -> int:
+    """About how many pictures each validation measures: those of sources for it, held-out ones, or some of the training set."""
     section = config.validation
-    if section.share == 0:
-        return min(num_pictures, section.max_pictures)
+    if apart or section.share == 0:
+        return min(apart or num_pictures, section.max_pictures)
     return expected_held_out(num_pictures, share=section.share, max_pictures=section.max_pictures)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from aquatint.config.schema import Config, SourceSection
+from aquatint.data.downloads import is_url, public_name
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning.disk import plan_disk
 from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.memory import MemoryPlan, Part, Saving, Tracer, gib, plan_memory, savings
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps
-from aquatint.planning.sources import exactly, is_remote, list_source, sources_of
+from aquatint.planning.sources import is_remote, list_source, repeats_of, sources_of
 
 NAME_WIDTH, SIZE_WIDTH = 28, 11
 
@@ -21,13 +23,14 @@ def plan_text(config: Config) -> str:
     spec, remark = find_spec(config)
     pictures = [0 if is_remote(source) else list_source(source).num_pictures for source in sources_of(config)]
     tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
+    total, apart = sum(pictures), pictures_of(config, pictures, "validation")
     memory = plan_memory(config, spec, tracer)
     blocks = [
         [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
         ["Steps", *steps_lines(config, pictures, steps)],
         ["GPU memory", *memory_lines(memory, config.training.batch_size), *saving_lines(savings(config, spec, tracer))],
-        ["Time", *(forecast_lines(config, tracer, steps, sum(pictures)) if steps else ["unknown without pictures"])],
-        ["Disk", *table(plan_disk(config, spec, sum(pictures)))],
+        ["Time", *(forecast_lines(config, tracer, steps, total, apart) if steps else ["unknown without pictures"])],
+        ["Disk", *table(plan_disk(config, spec, total))],
     ]
     return "\n\n".join("\n".join([block[0], *(f"  {line}".rstrip() for line in block[1:])]) for block in blocks) + "\n"
 
@@ -39,36 +42,51 @@ def find_spec(config: Config) -> tuple[ModelSpec, str]:
     return sdxl_spec(), f"{config.model.base} is not there: the sizes are those of SDXL 1.0"
 
 
+def pictures_of(config: Config, pictures: Sequence[int], role: str) -> int:
+    """How many of the pictures found in each source are in those with this role."""
+    return sum(found for source, found in zip(config.data.sources, pictures, strict=True) if source.role == role)
+
+
 def held_out_pictures(config: Config, pictures: Sequence[int]) -> int:
-    """About how many are not trained: those of sources for validation, or else a share of all."""
-    apart = sum(found for source, found in zip(config.data.sources, pictures, strict=True) if source.role == "validation")
-    return apart or expected_held_out(sum(pictures), share=config.validation.share, max_pictures=config.validation.max_pictures)
+    """About how many are not trained: those of sources for validation, or else a share of all but those for regularization."""
+    section = config.validation
+    share = section.share if section.every is not None else 0.0
+    apart = pictures_of(config, pictures, "validation")
+    return apart or expected_held_out(pictures_of(config, pictures, "train"), share=share, max_pictures=section.max_pictures)
+
+
+def trained_pictures(config: Config, pictures: Sequence[int]) -> list[int]:
+    """About how many of the pictures found in each source are trained."""
+    own, apart = (pictures_of(config, pictures, role) for role in ("train", "validation"))
+    kept = Fraction(own - held_out_pictures(config, pictures), own) if own and not apart else Fraction(1)
+    shares = {"train": kept, "regularization": 1, "validation": 0}
+    return [round(found * shares[source.role]) for source, found in zip(config.data.sources, pictures, strict=True)]
 
 
 def plan_of_steps(config: Config, pictures: Sequence[int]) -> StepPlan | None:
     """The steps of the run, or None if there is nothing to train on. `pictures` are the files found in each source."""
-    trained = [(source, found) for source, found in zip(config.data.sources, pictures, strict=True) if source.role != "validation"]
-    samples = float(sum(found * exactly(source.repeats) for source, found in trained if source.share is None))
-    samples /= 1 - sum(source.share or 0.0 for source, found in trained if found)
-    if len(trained) == len(pictures) and (held_out := held_out_pictures(config, pictures)):
-        samples *= 1 - held_out / sum(pictures)
-    samples = round(samples)
+    counts = trained_pictures(config, pictures)
+    if not any(counts):
+        return None
+    samples = max(1, round(sum(found * times for found, times in zip(counts, repeats_of(config, counts), strict=True))))
     training = config.training
-    return plan_steps(samples, training.batch_size, training.accumulation_steps, training.length) if samples else None
+    return plan_steps(samples, training.batch_size, training.accumulation_steps, training.length)
 
 
 def steps_lines(config: Config, pictures: Sequence[int], steps: StepPlan | None) -> list[str]:
     """From pictures to steps."""
-    lines = [
-        f"{source.path}: {_uses(source, found)}" for source, found in zip(config.data.sources, pictures, strict=True)
-    ]  # fmt: skip
-    if held_out := held_out_pictures(config, pictures):
+    found = zip(config.data.sources, pictures, strict=True)
+    lines = [f"{public_name(source.path)}: {_uses(source, number_found)}" for source, number_found in found]
+    apart = pictures_of(config, pictures, "validation")
+    if not apart and (held_out := held_out_pictures(config, pictures)):
         lines.append(f"about {count(held_out, 'picture')} of these for validation only")
     return [*lines, *(steps.lines() if steps else ["there is nothing to train on yet"])]
 
 
 def _uses(source: SourceSection, found: int) -> str:
     """How often the pictures of a source are shown."""
+    if is_url(source.path):
+        return "not counted before the run begins"
     if source.role == "validation":
         return f"{count(found, 'picture')} for validation only"
     if source.share is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ from aquatint.data.sources.tables import list_table
 from aquatint.data.sources.tar import list_tars
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SAMPLE_STEPS = 1000  # what a share amounts to in an epoch is kept to a thousandth of a sample: larger terms would serve nobody
 LISTS = {"folder": list_folder, "table": list_table, "tar": list_tars}
 
 
@@ -48,6 +49,22 @@ def kind_of(section: SourceSection) -> Literal["folder", "table", "tar"]:
 def exactly(number: float) -> Fraction:
     """The fraction that somebody who wrote this number meant: 0.1 is a tenth."""
     return Fraction(str(number))
+
+
+def repeats_of(config: Config, counts: Sequence[int]) -> tuple[Fraction, ...]:
+    """How often the pictures of each source are shown per epoch; a share is worked out from the `counts` of training pictures.
+
+    If no other source has pictures, shares are shares among each other, and an epoch has as many samples as there are pictures.
+    """
+    sections = config.data.sources
+    plain = [exactly(section.repeats) for section in sections]
+    shares = {index: exactly(section.share) for index, section in enumerate(sections) if section.share is not None and counts[index]}
+    others = sum((count * plain[index] for index, count in enumerate(counts) if index not in shares), Fraction(0))
+    total = sum(shares.values(), Fraction(0))
+    for index, share in shares.items():
+        samples = share * (others / (1 - total) if others else sum(counts) / total)
+        plain[index] = Fraction(max(round(samples * SAMPLE_STEPS), 1), SAMPLE_STEPS * counts[index])
+    return tuple(plain)
 
 
 def is_remote(source: Source) -> bool:

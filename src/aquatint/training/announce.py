@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from aquatint.config.schema import Config
 from aquatint.data.buckets import report_text
 from aquatint.data.captions import caption_report, render
+from aquatint.data.downloads import public_name
+from aquatint.data.ledger import summary
 from aquatint.models.sdxl.tokenizer import chunk_reports
 from aquatint.planning.schedule import plan_steps
 from aquatint.training.layout import Layout
@@ -24,14 +27,23 @@ NAMES = {"epsilon": "epsilon (the noise)", "v_prediction": "v_prediction"}
 def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
     """One line per fact: pictures, buckets, steps, objective, and what will train."""
     manifest = data.manifest
-    yield f"pictures    {manifest.listed} listed = {len(manifest)} used + {len(manifest.rejected)} left out (see ledger.txt)"
+    yield f"pictures    {summary(manifest).replace(' pictures', '', 1)} (see ledger.txt)"
     if len(data.held_out):
         which = "of the training set are used for validation" if data.layout.held_out_is_trained else "held out for validation"
         yield f"            {len(data.held_out)} {which}"
     yield f"buckets     {report_text(data.layout.report).splitlines()[-1]} (see buckets.txt)"
     yield f"captions    {captions_text(data.layout).splitlines()[0]} (see captions.txt)"
-    if manifest.warnings:
+    if data.train.captions is not None:
+        yield f"{'':<12}rendered anew and encoded at every step"
+    if data.train.mask_keys is not None:
+        floor = f"{config.data.mask_floor:g} of the loss" if config.data.mask_floor else "nothing"
+        yield f"masks       {int(data.train.mask_keys[:, 0].any(axis=1).sum()):,} pictures have one; outside of it, {floor} counts"
+    if len(manifest.warnings) == 1:
+        yield f"warning     {manifest.warnings[0]}"
+    if len(manifest.warnings) > 1:
         yield f"warnings    {len(manifest.warnings)} about the pictures, in ledger.txt; the first: {manifest.warnings[0]}"
+    for index, line in enumerate(mix_lines(data.layout)):
+        yield f"{'' if index else 'sources':<12}{line}"
     section = config.training
     for index, line in enumerate(
         plan_steps(data.samples_per_epoch, section.batch_size, section.accumulation_steps, section.length).lines()
@@ -45,6 +57,16 @@ def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
     yield f"trains      the UNet: {sum(p.numel() for p in trained):,} weights in {dtype}"
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
     yield "stays       text encoders and autoencoder"
+
+
+def mix_lines(layout: Layout) -> Iterator[str]:
+    """What each source gives, if there are several."""
+    sources, counts = layout.manifest.sources, np.bincount(layout.train.samples.sources, minlength=len(layout.manifest.sources)).tolist()
+    samples = [float(count * times) for count, times in zip(counts, layout.repeats, strict=True)]
+    for source, pictures, part in zip(sources, counts, samples, strict=True):
+        if source.role != "validation" and sum(one.role != "validation" for one in sources) > 1:
+            role = ", for regularization" if source.role == "regularization" else ""
+            yield f"{public_name(source.path)}: {pictures:,} pictures, {part / sum(samples):.1%} of the samples{role}"
 
 
 def captions_text(layout: Layout) -> str:

@@ -7,19 +7,18 @@ rooms below.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from aquatint.config.schema import Config
 from aquatint.data.captions import CaptionPolicy, Category
 from aquatint.data.ledger import check_limits
 from aquatint.data.manifest import Manifest, scan
 from aquatint.data.places import Opener
-from aquatint.planning.sources import exactly, sources_of
+from aquatint.planning.sources import sources_of
 from aquatint.storage import write_json
-
-SHARE_STEPS = 1000  # a share is kept to a thousandth of a repeat: exact fractions of larger terms would serve nobody
 
 
 def opener_of(config: Config) -> Opener:
@@ -33,20 +32,18 @@ def find_pictures(config: Config, opener: Opener, quarantine: Mapping[bytes, str
         sources_of(config), opener=opener, max_pixels=config.data.max_pixels, index_folder=config.cache.folder / "index",
         quarantine=quarantine, rehash=rehash,
     )  # fmt: skip
+    manifest = manifest.without(_bad_masks(manifest, quarantine))
     check_limits(manifest, max_bad_share=config.data.max_bad_share, max_uncaptioned_share=config.data.max_uncaptioned_share)
     return manifest
 
 
-def repeats_of(config: Config, counts: Sequence[int]) -> tuple[Fraction, ...]:
-    """How often the pictures of each source are shown per epoch; a share is worked out from the `counts` of training pictures."""
-    sections = config.data.sources
-    plain = [exactly(section.repeats) for section in sections]
-    shares = {index: exactly(section.share) for index, section in enumerate(sections) if section.share is not None and counts[index]}
-    others = sum((count * plain[index] for index, count in enumerate(counts) if index not in shares), Fraction(0))
-    whole = others / (1 - sum(shares.values(), Fraction(0)))
-    for index, share in shares.items():
-        plain[index] = max(Fraction(round(share * whole / counts[index] * SHARE_STEPS), SHARE_STEPS), Fraction(1, SHARE_STEPS))
-    return tuple(plain)
+def _bad_masks(manifest: Manifest, quarantine: Mapping[bytes, str]) -> dict[int, str]:
+    """Why pictures cannot be used that are whole themselves, but whose mask could not be decoded: row -> reason."""
+    if not quarantine:
+        return {}
+    masked = np.flatnonzero(manifest.mask_digests.any(axis=1))
+    found = ((int(row), quarantine.get(manifest.mask_digests[row].tobytes())) for row in masked)
+    return {row: f"its mask {reason}" for row, reason in found if reason is not None}
 
 
 def policies_of(config: Config) -> tuple[CaptionPolicy, ...]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,14 @@ from aquatint.data import crop as cropping
 from aquatint.data.cache import LatentRequest, MaskRequest, latent_keys, latent_recipe, mask_keys, mask_recipe, text_keys, text_recipe
 from aquatint.data.captions import CaptionPolicy, weighted_variants
 from aquatint.data.index import take
-from aquatint.data.manifest import Manifest, split
+from aquatint.data.manifest import Manifest, Picture, by_content, split
 from aquatint.data.sampler import Group
 from aquatint.data.samples import Keys, Ragged, Samples, Words, by_bucket
 from aquatint.data.tags import IGNORED, TagTable, drop_probs, picture_weights, read_tags
 from aquatint.errors import DataError
 from aquatint.planning.shapes import sets_of
-from aquatint.training.find import policies_of, repeats_of
+from aquatint.planning.sources import repeats_of
+from aquatint.training.find import policies_of
 
 Rows = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -91,13 +92,14 @@ def lay_out(config: Config, manifest: Manifest, recipes: Recipes, focus: Mapping
     """
     train_rows, held_rows = _split(config, manifest)
     if not len(train_rows):
-        raise DataError("there is no picture to train on", hint="add pictures to data.sources")
+        why = "".join(f": {one.name} {one.reason}" for one in manifest.rejected[-1:])
+        raise DataError(f"there is no picture to train on{why}", hint="add pictures to data.sources, or change what leaves these out")
     repeats = repeats_of(config, np.bincount(manifest.source_of[train_rows], minlength=len(manifest.sources)).tolist())
     times = np.array([float(value) for value in repeats])[manifest.source_of[train_rows]]
     plan = plan_buckets(config, manifest.sizes_hw[train_rows], times)
     if plan.skipped:
         reasons = {int(train_rows[row]): reason for row, reason in plan.skipped.items()}
-        return lay_out(config, manifest.without(reasons), recipes, focus)
+        return lay_out(config, manifest.without(reasons, bad=False), recipes, focus)
     policies = policies_of(config)
     tags = _read_tags(config, manifest, train_rows)
     probs = drop_probs(tags, config.captions.tag_drop_prob) if tags is not None and config.captions.tag_drop == "weighted" else None
@@ -114,8 +116,9 @@ def lay_out(config: Config, manifest: Manifest, recipes: Recipes, focus: Mapping
     held_out, is_trained = _held_out(config, draft, plan, rows, buckets, held_rows, policies)
     texts = sorted({"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])})
     keys = text_keys(texts, recipes.texts)
+    settled = tuple(replace(source, repeats=number) for source, number in zip(manifest.sources, repeats, strict=True))
     return Layout(
-        manifest=manifest, plan=plan, report=bucketing.report(plan, manifest.sizes_hw[train_rows], times),
+        manifest=replace(manifest, sources=settled), plan=plan, report=bucketing.report(plan, manifest.sizes_hw[train_rows], times),
         groups=_groups(buckets, manifest.source_of[rows], repeats, len(plan.shapes)), repeats=repeats, train=train, held_out=held_out,
         held_out_is_trained=is_trained, prompts={text: key.tobytes() for text, key in zip(texts, keys, strict=True)},
         policies=policies, drop_probs=probs, tags=tags,
@@ -171,11 +174,13 @@ def _held_out(
 ) -> tuple[Side, bool]:
     """The pictures that are measured: those held out, or else some of the trained ones."""
     is_trained = not len(held_rows)
+    number = config.validation.max_pictures if config.validation.every is not None else 0
     if is_trained:
-        number = config.validation.max_pictures if config.validation.every is not None else 0
-        first = np.unique(draft.manifest.digests[rows], axis=0, return_index=True)[1][:number]  # of the lowest digests
+        own = np.flatnonzero(draft.manifest.has_role("train")[rows])
+        first = own[np.unique(draft.manifest.digests[rows[own]], axis=0, return_index=True)[1][:number]]  # of the lowest digests
         held_rows, held_buckets = rows[first], buckets[first]
     else:
+        held_rows = held_rows[by_content(draft.manifest.digests[held_rows])[0][:number]]
         held_buckets = plan.place(draft.manifest.sizes_hw[held_rows])
     order = by_bucket(held_buckets, np.zeros(len(held_rows), np.int16), draft.manifest.digests[held_rows])
     plain = [replace(policy, shuffle=False, tag_drop_prob=0.0, categories=(), pick="first", variants=1) for policy in policies]
@@ -287,8 +292,7 @@ class _Draft:
 
 def latent_requests(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool_]) -> Iterator[LatentRequest]:
     """A request for each view (n, V) that is missing; in the order of the files, views of one picture beside each other."""
-    for place in np.argsort(side.rows, kind="stable")[missing[np.argsort(side.rows, kind="stable")].any(axis=1)]:
-        picture = manifest.picture(int(side.rows[place]))
+    for place, picture in _incomplete(manifest, side, missing):
         for view in np.flatnonzero(missing[place]):
             crop = cropping.Crop.from_row(side.crops[place, view])
             yield LatentRequest(side.samples.latent_key(place, view), picture.place, picture.digest, crop)
@@ -296,35 +300,42 @@ def latent_requests(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool
 
 def mask_requests(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool_]) -> Iterator[MaskRequest]:
     """The same for masks."""
-    for place in np.flatnonzero(missing.any(axis=1)):
-        picture = manifest.picture(int(side.rows[place]))
-        if picture.mask is None:
-            continue
-        kind = "alpha" if manifest.sources[picture.source].masks == "alpha" else "file"
+    for place, picture in _incomplete(manifest, side, missing):
+        kind: Literal["alpha", "file"] = "alpha" if manifest.sources[picture.source].masks == "alpha" else "file"
         for view in np.flatnonzero(missing[place]):
             key = side.samples.mask_key(place, view)
-            if key is not None:
+            if picture.mask is not None and key is not None:
                 yield MaskRequest(key, picture.mask, picture.mask_digest, cropping.Crop.from_row(side.crops[place, view]), kind)
 
 
+def _incomplete(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool_]) -> Iterator[tuple[int, Picture]]:
+    """The rows with something missing, and their pictures, in the order of the manifest."""
+    order = np.argsort(side.rows, kind="stable")
+    places = order[missing[order].any(axis=1)]
+    yield from zip(places.tolist(), manifest.pictures(side.rows[places]), strict=True)
+
+
 def plan_digest(config: Config, layout: Layout) -> str:
-    """A digest of everything that decides what batch `k` holds."""
+    """A digest of everything that decides what batch `k` holds. Texts that are cached are known by their keys; for others, it takes
+    the captions, how each is rendered, and by which text encoders, for which the key of the empty text stands.
+    """
     samples = layout.train.samples
+    used, policy_of = np.unique(samples.sources, return_inverse=True)
     text = {
         "shapes": layout.plan.shapes.tolist(),
         "groups": [[(group.count, str(group.repeats)) for group in groups] for groups in layout.groups],
         "seed": config.run.seed,
         "batch": [config.training.batch_size, config.training.accumulation_steps],
         "draws": [config.crop.flip_prob, config.captions.dropout_prob, config.captions.dropout_zeros_share, config.data.mask_floor],
-        "policies": [repr(policy) for policy in layout.policies] if samples.captions is not None else [],
+        "policies": [repr(layout.policies[source]) for source in used] if samples.captions is not None else [],
     }
     digest = hashlib.sha256(json.dumps(text).encode())
-    columns = (samples.latent_keys, samples.time_ids, samples.loss_weights, samples.text_of.starts, samples.text_keys, samples.text_weights)
+    columns = [samples.latent_keys, samples.time_ids, samples.loss_weights, samples.text_of.starts, samples.text_keys, samples.text_weights]
+    if samples.mask_keys is not None:
+        columns.append(samples.mask_keys)
+    if samples.captions is not None:
+        texts = np.frombuffer(samples.captions.data + layout.prompts[""], np.uint8)
+        columns += [policy_of.astype(np.int16), samples.captions.starts, texts]
     for column in columns:
         digest.update(np.ascontiguousarray(column))
-    for words in (
-        samples.captions.data if samples.captions is not None else b"",
-        b"" if samples.mask_keys is None else samples.mask_keys.tobytes(),
-    ):
-        digest.update(words)
     return digest.hexdigest()

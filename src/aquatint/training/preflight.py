@@ -16,6 +16,7 @@ from pathlib import Path
 
 from aquatint.config.check import REMARKS, find
 from aquatint.config.schema import Config
+from aquatint.data.downloads import public_name
 from aquatint.errors import AquatintError, DataError, Problem, StorageError
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec
@@ -62,7 +63,7 @@ def inspect(found: Inspection) -> Inspection:
     listings = _list_sources(found)
     _inspect_captions(found, listings)
     num_pictures = sum(listing.num_pictures for listing in listings.values())
-    _inspect_amount(found, num_pictures)
+    _inspect_amount(found, listings)
     if found.knows("run.folder", "run.name", "cache.folder"):
         _inspect_folders(found)
         if base is not None:
@@ -128,7 +129,7 @@ def _list_sources(found: Inspection) -> dict[int, Listing]:
         if not found.knows(key, *(f"data.sources.{index}.{name}" for name in ("kind", "caption_extensions"))):
             continue
         if is_remote(source):
-            found.looked_at.append(f"pictures: {source.path} is elsewhere, and is looked at when the run begins")
+            found.looked_at.append(f"pictures: {public_name(source.path)} is elsewhere, and is looked at when the run begins")
             continue
         path = Path(source.path)
         if source.kind == "folder" and not path.is_dir():
@@ -170,17 +171,20 @@ def _inspect_listing(found: Inspection, key: str, path: Path, listing: Listing) 
 
 
 def _inspect_captions(found: Inspection, listings: dict[int, Listing]) -> None:
-    """Complains where the run would: when too many of all pictures have no caption."""
-    bare = [name for listing in listings.values() for name in listing.bare]
-    total = sum(listing.num_pictures for listing in listings.values())
+    """Complains where the run would: when too many of all pictures to train on have neither a caption nor trigger words."""
+    sources = found.config.data.sources
+    trained = {index: listing for index, listing in listings.items() if sources[index].role != "validation"}
+    without = {index: listing for index, listing in trained.items() if not sources[index].trigger.strip()}
+    bare = [name for listing in without.values() for name in listing.bare]
+    total = sum(listing.num_pictures for listing in trained.values())
     limit = found.config.data.max_uncaptioned_share
     if not found.knows("data.max_uncaptioned_share") or not bare or len(bare) <= limit * total:
         return
-    worst = max(listings, key=lambda index: len(listings[index].bare))
+    worst = max(without, key=lambda index: len(without[index].bare))
     names = ", ".join(bare[:_MAX_NAMED]) + (" …" if len(bare) > _MAX_NAMED else "")
     counts = listings[worst].remarks.others
     others = Counter({ending: count for ending, count in counts.items() if ending and 2 * count >= len(listings[worst].bare)})
-    endings = " or ".join(found.config.data.sources[worst].caption_extensions)
+    endings = " or ".join(sources[worst].caption_extensions)
     advice = (
         f'set `caption_extensions = ["{others.most_common(1)[0][0]}"]` if those are the captions'
         if others
@@ -193,9 +197,12 @@ def _inspect_captions(found: Inspection, listings: dict[int, Listing]) -> None:
     )
 
 
-def _inspect_amount(found: Inspection, num_pictures: int) -> None:
-    training = found.config.training
+def _inspect_amount(found: Inspection, listings: dict[int, Listing]) -> None:
+    training, sources = found.config.training, found.config.data.sources
+    if len(listings) < len(sources):
+        return  # there may be more in those that could not be looked at
     per_step = training.batch_size * training.accumulation_steps
+    num_pictures = sum(listing.num_pictures for index, listing in listings.items() if sources[index].role != "validation")
     if 0 < num_pictures < per_step and found.knows("training.batch_size", "training.accumulation_steps"):
         found.notices.append(
             f"every step takes {per_step} pictures, and there are only {num_pictures}: each is seen more than once per step"

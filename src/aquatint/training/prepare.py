@@ -17,7 +17,7 @@ from aquatint.config.schema import Config
 from aquatint.data.cache import FILE_CHANGED, NOT_FINITE, CaptionEncoder, LatentEncoder, build_latents, build_masks, build_texts
 from aquatint.data.engines import Engine, choose_engine
 from aquatint.data.loader import Entries
-from aquatint.data.manifest import Manifest
+from aquatint.data.manifest import Manifest, some_names
 from aquatint.data.places import Opener
 from aquatint.data.samples import Keys, Samples, Words
 from aquatint.data.shards import ShardStore
@@ -95,20 +95,19 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
     quarantine = read_quarantine(folder)
     digests = {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")}
     recipes = recipes_of(config, digests)
+
+    def set_aside(digest: bytes, reason: str) -> None:
+        """Written down at once: whoever goes on after a crash leaves out the same pictures, and so makes the same shards."""
+        say(f"quarantined: {_blamed(manifest, digest)}{reason}")
+        quarantine[digest] = reason
+        write_quarantine(folder, {one: why for one, why in quarantine.items() if why not in PASSING})
+
     while True:
         manifest = find_pictures(config, opener, quarantine)
         layout = lay_out(config, manifest, recipes, focus_points(config, manifest, opener))
-        build = _Build(config, layout, recipes, digests, stores, opener, say)
-        failures = build.all()
-        if not failures:
+        build = _Build(config, layout, recipes, digests, stores, opener, say, set_aside)
+        if not build.all():
             break
-        for digest, reason in failures.items():
-            names = [
-                layout.manifest.picture(int(row)).name for row in np.flatnonzero((layout.manifest.digests == _row(digest)).all(axis=1))
-            ]
-            say(f"quarantined: {', '.join(names)} ({reason})")
-        quarantine = {**quarantine, **failures}
-        write_quarantine(folder, {digest: reason for digest, reason in quarantine.items() if reason not in PASSING})
     build.remember()
     entries = Entries(
         stores.latents, stores.texts, stores.masks, VAE_SCALING_FACTOR, layout.prompts[EMPTY], mask_floor=config.data.mask_floor
@@ -116,8 +115,13 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
     return Prepared(layout, stores, entries, plan_digest(config, layout))
 
 
-def _row(digest: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(digest, np.uint8)
+def _blamed(manifest: Manifest, digest: bytes) -> str:
+    """`a.png, b.png: `, the pictures of this content; or `a.png: its mask `, those with a mask of this content."""
+    for column, what in (manifest.digests, ""), (manifest.mask_digests, "its mask "):
+        rows = np.flatnonzero((column == np.frombuffer(digest, np.uint8)).all(axis=1))
+        if len(rows):
+            return f"{some_names(manifest, rows)}: {what}"
+    raise KeyError(f"no picture has the content {digest.hex()}")
 
 
 # Encoders, as functions that another process can call too
@@ -152,6 +156,7 @@ class _Build:
     stores: Stores
     opener: Opener
     say: Say
+    set_aside: Callable[[bytes, str], None]
 
     def all(self) -> dict[bytes, str]:
         """Texts, masks and latents; returns the pictures that could not be encoded: digest -> reason."""
@@ -206,11 +211,12 @@ class _Build:
         missing = keys.any(axis=2) & ~_has(self.stores.masks, keys)
         if not missing.any():
             return {}
-        self.say(f"masks       {int(missing.sum()):,} to make")
-        with track("making masks", int(missing.sum())) as on_progress:
+        count = _count_different(keys[missing])
+        self.say(f"masks       {count:,} to make")
+        with track("making masks", count) as on_progress:
             return build_masks(
                 self.stores.masks, mask_requests(self.layout.manifest, side, missing), opener=self.opener,
-                max_pixels=self.config.data.max_pixels, on_progress=on_progress, **self.packing,
+                max_pixels=self.config.data.max_pixels, on_progress=on_progress, on_failure=self.set_aside, **self.packing,
             )  # fmt: skip
 
     def _latents(self, side: Side) -> dict[bytes, str]:
@@ -219,14 +225,16 @@ class _Build:
             return {}
         rows = np.flatnonzero(missing.any(axis=1))
         which, label = ("latents", "pictures") if side is self.layout.train else ("held_out", "held out")
-        self.say(f"{label:<12}{int(missing.sum()):,} to encode{self._why(which, rows)}")
+        count = _count_different(side.samples.latent_keys[missing])
+        views = f" views of {len(rows):,} pictures" if side.samples.num_views > 1 else ""
+        self.say(f"{label:<12}{count:,}{views} to encode{self._why(which, rows)}")
         section = self.config.cache
         make = partial(make_vae_encoder, self.config.model.base, self.config.model.vae, self.device, section.vae_precision)
-        with track("encoding pictures", int(missing.sum())) as on_progress:
+        with track("encoding pictures", count) as on_progress:
             return build_latents(
                 self.stores.latents, latent_requests(self.layout.manifest, side, missing), make, opener=self.opener,
                 alpha_color=self.config.data.alpha_color, max_pixels=self.config.data.max_pixels, dtype=section.latent_dtype,
-                engine=self.engine, on_progress=on_progress, **self.packing,
+                engine=self.engine, on_progress=on_progress, on_failure=self.set_aside, **self.packing,
             )  # fmt: skip
 
     # Why it is missing
@@ -276,6 +284,12 @@ class _Build:
 def _has(store: ShardStore, keys: Keys) -> npt.NDArray[np.bool_]:
     """Which of the keys (n, V, 16) are in the store, (n, V)."""
     return store.has(keys.reshape(-1, 16)).reshape(keys.shape[:2])
+
+
+def _count_different(keys: Keys) -> int:
+    """How many of the keys (n, 16) are different: copies, and crops that come out alike, share one."""
+    data = np.ascontiguousarray(keys).tobytes()
+    return len({data[start : start + 16] for start in range(0, len(data), 16)})
 
 
 def _rows_of(missing: npt.NDArray[np.bool_], samples: Samples) -> npt.NDArray[np.int64]:

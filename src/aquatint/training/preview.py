@@ -17,11 +17,13 @@ from aquatint.data import crop as cropping
 from aquatint.data.bucket_plot import plot_buckets
 from aquatint.data.buckets import fit_loss, merged, merged_text, report_text, small_buckets
 from aquatint.data.captions import caption_report, render
+from aquatint.data.downloads import public_name
 from aquatint.data.image import BadImage, Pixels, encode_webp, load_alpha, load_image, load_mask, quiet_decoders, resize
 from aquatint.data.inspection import BLURRED_BELOW, FLAT_BELOW, contrast, fingerprint, near_duplicates, sharpness
 from aquatint.data.ledger import ledger_text
 from aquatint.data.manifest import Manifest, Picture
 from aquatint.data.places import Opener
+from aquatint.data.samples import Samples
 from aquatint.data.tags import count_tags, frequency_text
 from aquatint.errors import StorageError
 from aquatint.models.sdxl.tokenizer import chunk, chunk_report, token_text
@@ -114,7 +116,8 @@ def card(config: Config, layout: Layout, row: int, opener: Opener) -> Iterator[P
     pixels = decode(config, picture, opener)
     if pixels is None:
         return
-    crop = cropping.Crop.from_row(layout.train.crops[row, 0])
+    crop = cropping.Crop.from_row(layout.train.crops[row, view_of(config, samples, row)])
+    mask, trouble = mask_picture(config, picture, layout, crop, opener)
     kept = cropping.apply(pixels, crop)
     (height, width), (resized_height, resized_width) = crop.target_hw, crop.resized_hw
     source = manifest.sources[picture.source]
@@ -126,10 +129,18 @@ def card(config: Config, layout: Layout, row: int, opener: Opener) -> Iterator[P
             min(1.0, (crop.top + height) / resized_height), min(1.0, (crop.left + width) / resized_width),
         ),
         flipped=crop.flipped, picture=encode_webp(smaller(kept, CROP_PX)), original=encode_webp(smaller(pixels, THUMBNAIL_PX)), mime=MIME,
-        captions=tuple(texts_of(config, layout, row)), mask=mask_picture(config, picture, layout, crop, opener),
-        loss_weight=float(samples.loss_weights[row]), repeats=f"{float(layout.repeats[picture.source]):g}", source=source.path,
-        role=source.role, remarks=tuple(remarks_on(kept, crop.scale)),
+        captions=tuple(texts_of(config, layout, row)), mask=mask,
+        loss_weight=float(samples.loss_weights[row]), repeats=f"{float(layout.repeats[picture.source]):.3g}",
+        source=public_name(source.path), role=source.role, remarks=(*remarks_on(kept, crop.scale), *trouble),
     )  # fmt: skip
+
+
+def view_of(config: Config, samples: Samples, row: int) -> int:
+    """One of the row's crops, which take turns from row to row; mirrored as often as samples are."""
+    if config.crop.flip_prob == 0:
+        return row % samples.num_views
+    flipped = generator(config.run.seed, "preview/flip", row).random() < config.crop.flip_prob
+    return 2 * (row % (samples.num_views // 2)) + int(flipped)
 
 
 def decode(config: Config, picture: Picture, opener: Opener) -> Pixels | None:
@@ -147,14 +158,20 @@ def smaller(pixels: Pixels, side_px: int) -> Pixels:
     return pixels if scale >= 1 else resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
-def mask_picture(config: Config, picture: Picture, layout: Layout, crop: cropping.Crop, opener: Opener) -> bytes | None:
-    """Where the loss of this picture counts, as a picture."""
+def mask_picture(
+    config: Config, picture: Picture, layout: Layout, crop: cropping.Crop, opener: Opener
+) -> tuple[bytes | None, tuple[str, ...]]:
+    """Where the loss of this picture counts, as a picture; and what is wrong with its mask."""
     if picture.mask is None:
-        return None
+        return None, ()
     load = load_alpha if layout.manifest.sources[picture.source].masks == "alpha" else load_mask
-    with opener.open(picture.mask) as file:
-        mask = load(file, config.data.max_pixels)
-    return encode_webp(smaller(np.repeat(cropping.apply_mask(mask, crop)[:, :, None], 3, axis=2), THUMBNAIL_PX))
+    try:
+        with opener.open(picture.mask) as file:
+            mask = load(file, config.data.max_pixels)
+    except (BadImage, StorageError, OSError) as error:
+        return None, (f"its mask cannot be used: {error}",)
+    grey = smaller(np.repeat(cropping.apply_mask(mask, crop)[:, :, None], 3, axis=2), THUMBNAIL_PX)
+    return encode_webp(grey), ()
 
 
 def texts_of(config: Config, layout: Layout, row: int) -> Iterator[Caption]:
@@ -168,13 +185,14 @@ def texts_of(config: Config, layout: Layout, row: int) -> Iterator[Caption]:
             render(written, policy, generator(config.run.seed, "preview", RENDERINGS * row + number), drop_probs=layout.drop_probs)
             for number in range(RENDERINGS)
         ]
-        shares = {text: drawn.count(text) / RENDERINGS for text in dict.fromkeys(drawn)}
+        few = len(set(drawn)) <= SHOWN_TEXTS  # of many, each comes too seldom to say how often
+        shares = {text: drawn.count(text) / RENDERINGS if few else 0.0 for text in dict.fromkeys(drawn)}
     else:
         shares = {layout.train.texts[text]: float(samples.text_weights[text]) for text in texts}
     kept = 1 - config.captions.dropout_prob
     for text, share in sorted(shares.items(), key=lambda pair: -pair[1])[:SHOWN_TEXTS]:
         chunks = tuple(tuple(token_text(token) for token in ids) for ids in chunk(text))
-        yield Caption(text, share * kept if len(shares) > 1 else 1.0, chunks)
+        yield Caption(text, share * kept if share and len(shares) > 1 else 1.0, chunks)
 
 
 def remarks_on(kept: Pixels, scale: float) -> Iterator[str]:
@@ -217,23 +235,34 @@ def summary(config: Config, layout: Layout, looks: dict[int, Look]) -> Summary:
         ("held out", f"{len(layout.held_out.rows):,}" if not layout.held_out_is_trained else "none"),
         ("buckets", f"{len(layout.report)}"),
         ("captions", "rendered anew at every step" if encodes_online(config.captions) else f"{len(set(layout.train.texts)):,} to encode"),
+        ("crops", crops_text(config, samples)),
         ("looked at", f"{len(looks):,}"),
     )
     names = [manifest.picture(row).name for row in looks]
     first = [(manifest.picture(row).captions or ("",))[0] for row in looks]
-    tables = [("Buckets", report_text(layout.report)), ("Captions", caption_report(names, first, [chunk_report(text) for text in first]))]
-    if config.captions.style == "tags":
+    tables = [("Buckets", report_text(layout.report))]
+    if names:
+        tables.append(("Captions", caption_report(names, first, [chunk_report(text) for text in first])))
+    if names and config.captions.style == "tags":
         tables.append(("Tags", frequency_text(count_tags(first, config.captions.separator))))
     tables.append(("Every file accounted for", ledger_text(manifest)))
     return Summary(f"What will be trained: {config.run.name}", facts, plot_png(layout), tuple(tables), tuple(lists(layout, looks)), MIME)
 
 
+def crops_text(config: Config, samples: Samples) -> str:
+    """How many there are of a picture, and how often they are mirrored."""
+    mirrored = config.crop.flip_prob
+    different = samples.num_views // (2 if mirrored else 1)
+    return f"{different} per picture" + (f", {mirrored:.0%} of the samples mirrored" if mirrored else "")
+
+
 def lists(layout: Layout, looks: dict[int, Look]) -> Iterator[Listed]:
     """Copies, look-alikes, and pictures that are blurred, empty or much enlarged; only lists with something on them."""
     manifest = layout.manifest
+    alike = _look_alikes(manifest, looks)
     every = (
         Listed("Exact copies", "The same bytes under more than one name.", *_groups(manifest, looks, _copies(manifest))),
-        Listed("Look-alikes", "Nearly the same picture: resized, saved again, trimmed.", *_groups(manifest, looks, _look_alikes(looks))),
+        Listed("Look-alikes", "Nearly the same picture: resized, saved again, trimmed.", *_groups(manifest, looks, alike)),
         _listed("Blurred", f"Sharpness below {BLURRED_BELOW:.0f}.", manifest, looks, _said(looks, _blur)),
         _listed("Almost of one colour", "There is little to learn from these.", manifest, looks, _said(looks, _flatness)),
         _listed("Much enlarged", f"More than {MUCH_ENLARGED} times: they are softer than the rest.", manifest, looks, _enlarged(layout)),
@@ -272,8 +301,10 @@ def _copies(manifest: Manifest) -> list[list[int]]:
     return [np.flatnonzero(which == group).tolist() for group in np.flatnonzero(counts > 1)]
 
 
-def _look_alikes(looks: dict[int, Look]) -> list[list[int]]:
-    rows = [row for row, look in looks.items() if look.contrast >= FLAT_BELOW]
+def _look_alikes(manifest: Manifest, looks: dict[int, Look]) -> list[list[int]]:
+    """Of exact copies, which are listed by themselves, only the first."""
+    first = {manifest.digests[row].tobytes(): row for row in sorted(looks, reverse=True)}
+    rows = sorted(row for row in first.values() if looks[row].contrast >= FLAT_BELOW)
     return [[rows[place] for place in group] for group in near_duplicates([looks[row].fingerprint for row in rows])]
 
 
