@@ -119,7 +119,8 @@ def as_bytes(tensor: torch.Tensor) -> Any:
     """A contiguous CPU tensor's memory as a flat numpy array of uint8, shared with the tensor."""
     import torch
 
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().reshape(-1)  # what is empty may have strides that cannot be viewed
+    return flat.view(torch.uint8).numpy() if len(flat) else torch.empty(0, dtype=torch.uint8).numpy()
 
 
 def write_tensors(

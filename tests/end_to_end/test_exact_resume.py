@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from aquatint.config.schema import Config, dump
+from aquatint.demo.pictures import write_pictures
 from aquatint.training import trainer
-from aquatint.training.build import train_run
+from aquatint.training.build import build_reader, train_run
+from aquatint.training.caching import cache_run
+from tests import zoo
 from tests.runs import small_config
 
 CASES = {
@@ -22,7 +26,17 @@ CASES = {
         "training": {"precision": "bf16_pure", "accumulation_steps": 3},
         "optimizer": {"name": "adafactor", "learning_rate": 1e-3},
     },
+    "online-captions": {
+        "captions": {"style": "tags", "shuffle": True, "keep_first": 0, "tag_drop_prob": 0.2, "dropout_prob": 0.3, "text": "online"},
+        "loader": {"workers": 1},
+    },
+    "masks-and-mixed-sources": {
+        "data": {"mask_floor": 0.1, "max_uncaptioned_share": 1.0},
+        "captions": {"style": "tags", "tag_weights": {"enabled": True}},
+        "crop": {"flip_prob": 0.5},
+    },
 }
+MASKED = 8
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,6 +51,12 @@ def one_thread() -> Iterator[None]:
 def config_of(folder: Path, base: Path, name: str, kind: str) -> Config:
     sections = {section: dict(values) for section, values in CASES[name].items()}
     optimizer = sections.pop("optimizer", None)
+    if "data" in sections:
+        sections["data"]["sources"] = [
+            {"path": str(folder / "pictures"), "masks": "files", "trigger": "ohwx"},
+            {"path": str(folder / "general"), "role": "regularization", "repeats": 0.5, "loss_weight": 0.25},
+            {"path": str(folder / "more"), "share": 0.2},
+        ]
     config = small_config(folder, base, run={"name": f"{name}-{kind}"}, lr={"schedule": "cosine", "warmup": "1 step"}, **sections)
     return Config.model_validate(dump(config) | ({"optimizer": optimizer} if optimizer else {}))
 
@@ -45,6 +65,12 @@ def config_of(folder: Path, base: Path, name: str, kind: str) -> Config:
 def killed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A folder with runs of every case that were killed in the middle of step 8."""
     folder = tmp_path_factory.mktemp("runs")
+    write_pictures(folder / "pictures", count=12, seed=3)
+    write_pictures(folder / "general", count=7, seed=4)
+    write_pictures(folder / "more", count=5, seed=5)
+    for path in sorted((folder / "pictures").glob("*.png"))[:MASKED]:
+        mask = zoo.Image.open(path).convert("L")
+        mask.save(path.with_name(f"{path.stem}-masklabel.png"))
     paths = []
     for name in CASES:
         path = folder / f"{name}.json"
@@ -78,3 +104,23 @@ def test_a_killed_and_resumed_run_equals_a_straight_one(killed: Path, tiny_base:
     rates = [row["learning_rate"] for row in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert len(rates) == 6
     assert rates == sorted(set(rates), reverse=True)
+
+
+def test_the_mixed_sources_are_trained_as_the_config_says(killed: Path, tiny_base: Path):
+    """What the case above runs on: masks, weights and shares are all there."""
+    config = config_of(killed, tiny_base, "masks-and-mixed-sources", "mix")
+    data = cache_run(config)
+    reader = build_reader(config, data)
+    batches = [reader.read(index) for index in range(reader.order.batches_before_epoch(10))]
+    counts = np.bincount([source for batch in batches for source in batch.sources])
+    shares = np.array([float(count * times) for count, times in zip(np.bincount(data.train.sources), data.layout.repeats, strict=True)])
+    assert shares[2] / shares.sum() == pytest.approx(0.2, abs=1e-3)
+    assert counts == pytest.approx(10 * shares, abs=2)
+    masks = torch.cat([batch.masks for batch in batches])
+    weights = torch.cat([batch.loss_weights for batch in batches])
+    assert masks.min() >= 0.1
+    is_masked = (masks < 1).flatten(1).any(dim=1)
+    sources = torch.tensor([source for batch in batches for source in batch.sources])
+    assert set(sources[is_masked].tolist()) == {0}
+    assert 4 * weights[sources == 1].mean() == pytest.approx(weights[sources != 1].mean().item(), rel=0.2)
+    assert (weights.double() * torch.where(sources == 1, 4.0, 1.0)).mean().item() == pytest.approx(1.0, abs=0.02)

@@ -104,6 +104,17 @@ def test_validation_measures_held_out_pictures_or_some_of_the_training_set(share
     assert validation_pictures(config(validation={"share": share, "max_pictures": 64}), 200) == expected
 
 
+@pytest.mark.parametrize(("apart", "expected"), [(10, 10), (100, 64)])
+@pytest.mark.parametrize("share", [0.02, 0.0])
+def test_validation_measures_the_sources_for_it_if_there_are_any(apart, expected, share):
+    settings = config(validation={"share": share, "max_pictures": 64}, **PURE)
+    assert validation_pictures(settings, 200, apart) == expected
+    (each,) = [
+        extra for extra in plan_extras(settings, StubTracer(sdxl_spec()), SIZE, work_of(settings), 200, apart) if "each" in extra.name
+    ]
+    assert each.how.startswith(f"{expected} pictures × 8 noise levels")
+
+
 def test_float32_gets_no_forecast():
     lines = lines_of(config(training={"precision": "fp32"}))
     assert lines[-1].startswith("there is no forecast for `training.precision = fp32`")

@@ -52,7 +52,6 @@ def test_they_are_worked_out_once(config, monkeypatch):
     assert points_of(config()) == first
 
 
-@pytest.mark.xfail(strict=True, reason="not yet so in focus_points")
 def test_another_colour_behind_transparent_pictures_is_another_picture(config, monkeypatch):
     points_of(config())
     monkeypatch.setattr(module, "focus_point", lambda pixels: (0.25, 0.75))
@@ -75,7 +74,6 @@ def test_a_picture_that_cannot_be_decoded_has_its_centre(config, tmp_path):
     assert points["right"] == pytest.approx(PLACES["right"], abs=0.15)
 
 
-@pytest.mark.xfail(strict=True, reason="not yet so in focus_points")
 def test_trouble_with_the_disk_is_not_remembered(config, monkeypatch):
     def fail(file, *settings):
         raise StorageError("the disk does not answer", hint="wait")

@@ -40,7 +40,8 @@ def verify_run(config: Config) -> str:
         for name, store in stores.all().items():
             with track(f"reading {name}", len(store)) as on_progress:
                 report = upkeep.verify(store, on_progress)
-            lines.append(f"{name:<12}{_entries(report)}, {report.entries_lost:,} damaged")
+            if report.shards:
+                lines.append(f"{name:<12}{_entries(report)}, {report.entries_lost:,} damaged")
             lines += [f"{'':<12}removed {shard}: {reason}" for shard, reason in report.removed.items()]
         before = find_pictures(config, opener_of(config), read_quarantine(config.cache.folder))
         after = find_pictures(config, opener_of(config), read_quarantine(config.cache.folder), rehash=True)
@@ -91,7 +92,7 @@ def _counts(stores: Stores, wanted: Mapping[str, Keys] | None = None) -> str:
         if not len(store) and not len(keys):
             continue
         found = upkeep.stat(store)
-        index = "" if found.index == "current" else f"; its index is {found.index}"
+        index = "" if found.index == "current" or not found.shards else f"; its index is {found.index}"
         each = f", {size_text(found.bytes_per_entry)} each" if found.entries else ""
         lines.append(f"{name:<12}{_entries(found)}, {size_text(found.bytes)}{each}{index}")
         lines += [f"{'':<12}{count:,} of {kind}" for kind, count in sorted(found.kinds.items())]
