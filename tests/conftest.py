@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would ask the network fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of two threads each wait for one another most of the time
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,10 @@
-import pytest
 import torch
 
 from aquatint.diffusion.guidance import guide, match_strength
 
-POSITIVE = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
-
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
-
-
-def test_rescaling_matches_its_vector():
-    guided = torch.tensor([2.0, 4.0, 8.0, 10.0]).view(1, 4, 1, 1)
-    assert (POSITIVE.std() / guided.std()).item() == pytest.approx(0.35355339, rel=1e-6)
-    negative = 2 * POSITIVE - guided  # so that scale 2 arrives at `guided`
-    rescaled = guide(POSITIVE, negative, 2.0, 0.7)
-    assert rescaled.flatten().tolist() == pytest.approx([1.09497475, 2.18994949, 4.37989899, 5.47487373], rel=1e-6)
 
 
 def test_scale_moves_away_from_the_negative():

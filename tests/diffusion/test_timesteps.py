@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquatint.diffusion import timesteps
-from aquatint.diffusion.timesteps import draw_timesteps, midpoint_timesteps, stratified_uniform, trailing_timesteps
+from aquatint.diffusion.timesteps import (
+    draw_timesteps,
+    lattice_uniform,
+    midpoint_timesteps,
+    spread_uniform,
+    stratified_uniform,
+    trailing_timesteps,
+)
 
 
 class Fixed:
@@ -50,13 +57,6 @@ def test_strata_change_places_every_step():
     assert all(len(np.unique(strata[:, place])) == 8 for place in range(8))
 
 
-def test_vector_of_stratum_middles(monkeypatch):
-    monkeypatch.setattr(timesteps, "generator", lambda *key: Fixed(0.5))
-    uniform = stratified_uniform(0, range(8), 8)
-    assert uniform[0::2].tolist() == [0.0625, 0.3125, 0.5625, 0.8125]
-    assert uniform[1::2].tolist() == [0.1875, 0.4375, 0.6875, 0.9375]
-
-
 @pytest.mark.parametrize("samples", [1, 3, 64, 1000])
 def test_the_largest_draw_there_is_stays_below_timestep_1000(monkeypatch, samples):
     monkeypatch.setattr(timesteps, "generator", lambda *key: Fixed(np.nextafter(1.0, 0.0)))
@@ -75,16 +75,32 @@ def test_training_timesteps_are_uniform_from_first_to_last():
     assert (torch.bincount(drawn, minlength=1000) == 20).all()
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**9), samples=st.integers(1, 40))
+def test_a_lattice_is_even_and_shared_by_the_whole_step(seed, step, samples):
+    positions = range(step * samples, (step + 1) * samples)
+    uniform = lattice_uniform(seed, positions, samples)
+    assert ((uniform >= 0) & (uniform < 1)).all()
+    np.testing.assert_allclose(np.diff(np.sort(uniform)), 1 / samples, atol=1e-12)
+    assert lattice_uniform(seed, positions[-1:], samples)[0] == uniform[-1]
+
+
+def test_places_on_the_lattice_change_every_step():
+    places = np.argsort(lattice_uniform(0, range(64 * 8), 8).reshape(64, 8), axis=1)
+    assert len(np.unique(places, axis=0)) > 55
+
+
+def test_draws_are_spread_as_asked():
+    assert (spread_uniform("strata", 3, range(8), 4) == stratified_uniform(3, range(8), 4)).all()
+    assert (spread_uniform("lattice", 3, range(8), 4) == lattice_uniform(3, range(8), 4)).all()
+    assert (spread_uniform("independent", 3, range(8), 4) == stratified_uniform(3, range(8), 1)).all()
+    assert torch.equal(draw_timesteps(3, range(8), 4, spread="strata"), draw_timesteps(3, range(8), 4))
+    assert not torch.equal(draw_timesteps(3, range(8), 4, spread="lattice"), draw_timesteps(3, range(8), 4))
+
+
 def test_without_stratification_every_place_is_uniform():
     counts = np.histogram(stratified_uniform(2, range(4000), 1), bins=10, range=(0, 1))[0]
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
-
-
-def test_trailing_timesteps_match_their_vectors():
-    assert trailing_timesteps(10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert trailing_timesteps(28)[:4] == [999, 963, 928, 892]
-    assert trailing_timesteps(28)[-1] == 35
-    assert trailing_timesteps(1) == [999]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 16, 30, 48, 333, 999, 1000])
@@ -100,11 +116,6 @@ def test_trailing_timesteps_start_at_the_end_and_fall(num_steps):
 def test_impossible_numbers_of_sampling_steps_are_refused(num_steps):
     with pytest.raises(ValueError, match="1 to 1000"):
         trailing_timesteps(num_steps)
-
-
-def test_midpoints_match_their_vector():
-    assert midpoint_timesteps(8, terminal=False) == [62, 187, 312, 437, 562, 687, 812, 937]
-    assert midpoint_timesteps(8, terminal=True) == [62, 187, 312, 437, 562, 687, 812, 937, 999]
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 3, 7, 100])
