@@ -95,11 +95,17 @@ def test_pyramid_noise_adds_slow_patterns_alone():
     torch.testing.assert_close(pyramid(base, 0, range(64), 1e-9), base / base.flatten(1).std(dim=1).view(-1, 1, 1, 1))
 
 
-def test_the_first_level_of_a_pyramid_is_smaller_than_the_noise():
-    """On noise of zeros, one level of half to a quarter of the size: neighbours are interpolated, so their differences are small."""
-    level = pyramid(torch.full((8, 1, 64, 64), 1e-9), 0, range(8), 1.0, levels=1)
-    assert level.diff(dim=-1).square().mean().item() < 0.5 * 2 * level.square().mean().item()
-    assert len({row.std().item() for row in level.diff(dim=-1)}) == 8
+def test_a_pyramid_is_the_sum_of_its_levels():
+    """By hand, for a sample whose ratio is 2.87: levels of 22 x 13, 7 x 4, 2 x 1, and then no more, though there might be ten."""
+    base = draw_noise(0, "noise", [5], (4, 64, 40))
+    rng = generator(0, "pyramid-noise", 5)
+    assert rng.uniform(2.0, 4.0) == pytest.approx(RATIO_OF_SAMPLE_5, abs=0.005)
+    total = base.clone()
+    for level, size in enumerate(SIZES_OF_SAMPLE_5, start=1):
+        drawn = torch.from_numpy(rng.standard_normal((1, 4, *size), dtype=np.float32))
+        total += 0.7**level * torch.nn.functional.interpolate(drawn, size=(64, 40), mode="bilinear")
+    torch.testing.assert_close(pyramid(base, 0, [5], 0.7), total / total.std())
+    assert not torch.equal(pyramid(base, 0, [5], 0.7, levels=2), pyramid(base, 0, [5], 0.7))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (4, 1, 8), (4, 3, 2)])

@@ -99,6 +99,9 @@ def test_a_samplers_stand_in_for_pure_noise_is_no_training_schedule(weighting, v
 def test_sigma_sqrt_is_refused_where_it_explodes():
     with pytest.raises(ValueError, match="1,000,000 times"):
         weights("sigma_sqrt", "flow", FLOW)
+    with pytest.raises(ValueError, match="12,346 times"):
+        weights("sigma_sqrt", "flow", FLOW[8:])
+    assert weights("sigma_sqrt", "flow", FLOW[10:])[0].item() == pytest.approx(1 / 0.011**2, rel=1e-6)
     assert weights("sigma_sqrt", "flow", FLOW[100:]).max().item() == pytest.approx(1 / 0.101**2, rel=1e-6)
 
 
