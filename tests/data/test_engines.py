@@ -251,3 +251,4 @@ def test_without_work_ray_is_not_needed(tmp_path: Path, monkeypatch: pytest.Monk
     build(store, requests, ToyEncoder)
     monkeypatch.setitem(sys.modules, "ray", None)
     build(store, requests, ToyEncoder, engine=Ray(2))
+    assert len(store) == len(requests)
