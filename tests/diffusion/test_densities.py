@@ -78,6 +78,7 @@ def test_timesteps_without_probability_are_never_drawn():
     probabilities[[3, 500]] = 0.25, 0.75
     uniform = np.array([0.0, 0.2499, 0.25, 0.9, np.nextafter(1.0, 0.0)])
     assert inverse_cdf(probabilities, uniform).tolist() == [3, 3, 500, 500, 500]
+    assert inverse_cdf(0.1 * probabilities, uniform).tolist() == [3, 3, 500, 500, 500]
 
 
 @EVERY_DENSITY
@@ -129,6 +130,23 @@ def test_modes_that_fold_back_are_refused(scale):
 def test_cosmap_has_the_density_of_its_paper():
     t = (np.arange(1000) + 0.5) / 1000
     np.testing.assert_allclose(1000 * density("cosmap", FLOW), 2 / (np.pi * (1 - 2 * t + 2 * t**2)), rtol=1e-6)
+
+
+@EVERY_DENSITY
+def test_shares_rise_from_nothing_to_all(name):
+    t = np.linspace(0, 1, 11)
+    with np.errstate(divide="ignore"):
+        shares = sigma_cdf(name, t / (1 - t)) if name in ("log_normal", "cosine") else time_cdf(name, t)
+    assert shares[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-8)
+    assert (np.diff(shares) > 0).all()
+
+
+def test_mean_and_std_are_those_of_the_logit_and_of_the_logarithm():
+    z = np.array([-1.0, 0.0, 1.0])
+    shares = [0.15865525, 0.5, 0.84134475]
+    x = np.exp(0.7 + 0.4 * z)
+    assert time_cdf("logit_normal", x / (1 + x), mean=0.7, std=0.4).tolist() == pytest.approx(shares)
+    assert sigma_cdf("log_normal", x, mean=0.7, std=0.4).tolist() == pytest.approx(shares)
 
 
 def test_shift_moves_time_towards_noise():

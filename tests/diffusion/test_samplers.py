@@ -291,3 +291,23 @@ def test_samplers_of_a_flow_agree_with_diffusers(sampler, name):
         return to_x0("flow", u, x, alpha, sigma), to_epsilon("flow", u, x, alpha, sigma)
 
     torch.testing.assert_close(sampler(denoise, noise, FLOW, grid), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_dpmpp_2m_of_a_flow_agrees_with_diffusers():
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
+    theirs.set_timesteps(12)
+    noise = randn(0, 1, 4, 8, 8)
+    x = noise * theirs.sigmas[0]
+    for sigma, timestep in zip(theirs.sigmas, theirs.timesteps, strict=False):
+        x = theirs.step(toy_unet(x, 1000 * sigma.item()), timestep, x).prev_sample
+
+    def denoise(x: torch.Tensor, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = FLOW.at(torch.tensor([timestep]))
+        u = toy_unet(x, timestep + 1)
+        return to_x0("flow", u, x, alpha, sigma), to_epsilon("flow", u, x, alpha, sigma)
+
+    grid = (1000 * theirs.sigmas[:-1].double() - 1).tolist()
+    torch.testing.assert_close(dpmpp_2m(denoise, noise, FLOW, grid), x, rtol=1e-4, atol=1e-4)
