@@ -1,4 +1,4 @@
-"""Bucket plan and the order of one epoch for a hundred million pictures, in one process: `python benchmarks/hundred_million_rows.py [ROWS]`."""
+"""Buckets and the order of one epoch for a hundred million pictures: `python benchmarks/hundred_million_rows.py [ROWS]`."""
 
 from __future__ import annotations
 
