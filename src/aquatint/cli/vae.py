@@ -1,0 +1,27 @@
+"""`train-vae`: the autoencoder's decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aquatint.cli.arguments import ConfigFile, Overrides
+
+
+def train_vae(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a run although settings that decide the training have changed.")
+    ] = False,
+) -> None:
+    """Train the autoencoder's decoder. Ctrl-C saves and stops; the same command goes on. See docs/vae.md."""
+    from aquatint.config.load import load_config
+    from aquatint.training.vae_build import train_vae_run
+
+    needs_no_captions = "data.max_uncaptioned_share=1"
+    result = train_vae_run(load_config(config, [*(overrides or []), needs_no_captions]), accept_changes=accept_changes)
+    typer.echo(f"trained {result.state.step:,} steps; the run is in {result.folder}")
+    for path in result.exported:
+        typer.echo(f"exported {path}")
