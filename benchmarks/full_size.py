@@ -36,6 +36,7 @@ def make(folder: Path) -> dict[str, Any]:
     from aquatint.demo.pictures import write_pictures
     from aquatint.models.sdxl.export import write_single_file
     from aquatint.models.sdxl.model import sdxl_spec
+    from aquatint.models.sdxl.process import Process
     from aquatint.models.sdxl.shapes import COMPONENTS
     from aquatint.tensor_file import LazyTensor
 
@@ -52,7 +53,7 @@ def make(folder: Path) -> dict[str, Any]:
         return tensor if keep else LazyTensor(torch.bfloat16, tensor.shape, partial(draw, tensor.shape, name))
 
     components = {c: {name: in_bf16(name, tensor) for name, tensor in random_tensors(c, spec, 0).items()} for c in COMPONENTS}
-    write_single_file(folder / "base.safetensors", spec, components, prediction="epsilon", zero_terminal_snr=False)
+    write_single_file(folder / "base.safetensors", spec, components, process=Process())
     write_pictures(folder / "pictures", count=2, seed=0)
     return {"bytes": (folder / "base.safetensors").stat().st_size}
 
@@ -108,10 +109,11 @@ def round_trip(folder: Path) -> dict[str, Any]:
 
     from aquatint.models.sdxl.export import export_single_file
     from aquatint.models.sdxl.load import open_base
+    from aquatint.models.sdxl.process import Process
     from aquatint.tensor_file import TensorFile, as_bytes
 
     base, copy = open_base(folder / "base.safetensors"), folder / "copy.safetensors"
-    export_single_file(copy, base, base.component("unet"), dtype=torch.bfloat16, prediction="epsilon", zero_terminal_snr=False)
+    export_single_file(copy, base, base.component("unet"), dtype=torch.bfloat16, process=Process())
     with TensorFile(folder / "base.safetensors") as first, TensorFile(copy) as second:
         names = first.tensors.keys()
         different = [name for name in names if bytes(as_bytes(first.read(name))) != bytes(as_bytes(second.read(name)))]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference reader
 MAX_DIMENSIONS = 64  # more than any tensor has, and few enough to multiply
+MAX_NUMBERS = 64
 _READ_BYTES = 1 << 27  # one read of Linux moves at most 2 GiB; smaller ones keep Ctrl-C quick
 DTYPES = {  # the format's name -> torch's name and bytes per element
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
@@ -104,6 +106,20 @@ class TensorFile:
                 if count == 0:
                     raise _refusal(self.path, f"it ends inside the tensor `{name}`")
                 done += count
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """The few numbers of a small float tensor, without torch. Raises ModelFileError for one that is large or has another type."""
+        info = self.tensors[name]
+        if info.dtype not in ("F64", "F32", "F16", "BF16") or prod(info.shape) > MAX_NUMBERS:
+            raise _refusal(self.path, f"`{name}` should hold a few numbers, and is {info.dtype} of shape {info.shape}")
+        with storage_errors("read", self.path):
+            data = os.pread(self._descriptor, info.end - info.start, info.start)
+        if info.dtype == "BF16":  # the upper half of a float32
+            data = b"".join(b"\0\0" + data[start : start + 2] for start in range(0, len(data), 2))
+        form = {"F64": "d", "F16": "e"}.get(info.dtype, "f")
+        if len(data) != prod(info.shape) * struct.calcsize(form):
+            raise _refusal(self.path, f"it ends inside the tensor `{name}`")
+        return struct.unpack(f"<{prod(info.shape)}{form}", data)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -9,6 +9,7 @@ from aquatint.demo.model import LOUDNESS, random_tensors, tiny_spec, write_tiny_
 from aquatint.demo.pictures import scenes
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import sdxl_spec
+from aquatint.models.sdxl.process import Process
 from tests.models.sdxl.small import small_spec
 
 
@@ -83,8 +84,8 @@ def test_the_seed_decides_everything(tmp_path):
 
 def test_a_trained_autoencoder_keeps_its_own_dtype(tmp_path):
     vae = {name: value.load().half() for name, value in random_tensors("vae", small_spec(), seed=9).items()}
-    write_tiny_base(tmp_path / "base", seed=0, spec=small_spec(), vae_tensors=vae, prediction="v_prediction", zero_terminal_snr=True)
+    write_tiny_base(tmp_path / "base", seed=0, spec=small_spec(), vae_tensors=vae, process=Process("v_prediction", zero_terminal_snr=True))
     base = open_base(tmp_path / "base")
     loaded = base.load_vae().state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in vae.items())
-    assert (base.prediction, base.zero_terminal_snr) == ("v_prediction", True)
+    assert (base.process.prediction, base.process.zero_terminal_snr) == ("v_prediction", True)

@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquatint.diffusion.parameterization import Prediction
 from aquatint.models.sdxl.export import Tensors, write_single_file
 from aquatint.models.sdxl.load import LOGIT_SCALE, open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
+from aquatint.models.sdxl.process import Process
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape
 from aquatint.tensor_file import LazyTensor
 from aquatint.utils.seeds import generator
 
+EPSILON = Process()
 FINAL_BIAS = "text_model.final_layer_norm.bias"
 LOUDNESS = 4.0  # of the text embeddings: an untrained UNet hears them over the noise within hundreds of steps, not thousands
 _TEXT_GAINS = {
@@ -70,8 +71,7 @@ def write_tiny_base(
     seed: int,
     spec: ModelSpec | None = None,
     vae_tensors: Mapping[str, Tensor] | None = None,
-    prediction: Prediction = "epsilon",
-    zero_terminal_snr: bool = False,
+    process: Process = EPSILON,
     captions: Sequence[str] = (),
 ) -> None:
     """Writes a base model with random weights (float32), the same for the same seed.
@@ -85,12 +85,11 @@ def write_tiny_base(
     if vae_tensors is not None:
         components["vae"] = vae_tensors
     metadata = {"modelspec.title": "aquatint demo", "modelspec.resolution": "128x128"}
-    settings = {"prediction": prediction, "zero_terminal_snr": zero_terminal_snr, "metadata": metadata}
-    write_single_file(path, spec, components, **settings)
+    write_single_file(path, spec, components, process=process, metadata=metadata)
     if captions:
         bias = {FINAL_BIAS: -mean_final_state(path, captions)}
         components["text_encoder_2"] = {**components["text_encoder_2"], **bias}
-        write_single_file(path, spec, components, **settings)
+        write_single_file(path, spec, components, process=process, metadata=metadata)
 
 
 def mean_final_state(path: Path, captions: Sequence[str]) -> Tensor:

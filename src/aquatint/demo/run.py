@@ -13,10 +13,12 @@ from aquatint.data.image import contact_sheet, save_png
 from aquatint.demo.model import write_tiny_base
 from aquatint.demo.pictures import COLORS, GROUNDS, PLACES, SHAPES, Scene, scenes, write_pictures
 from aquatint.demo.score import Seen, look
+from aquatint.models.sdxl.process import Process
 from aquatint.storage import write_text
 from aquatint.tensor_file import TensorFile
 from aquatint.tracking.files import read_rows
-from aquatint.training.build import sample_pictures, train_run
+from aquatint.training.build import train_run
+from aquatint.training.results import sample_pictures
 from aquatint.utils.progress import say
 
 NUM_PICTURES = 576  # every scene six times
@@ -48,7 +50,7 @@ def write_inputs(folder: Path, template: str) -> Path:
         vae = {name: file.read(name).float() for name in file.tensors}
     captions = [scene.caption for scene in scenes()]
     write_tiny_base(
-        folder / "base.safetensors", seed=2, vae_tensors=vae, prediction="v_prediction", zero_terminal_snr=True, captions=captions
+        folder / "base.safetensors", seed=2, vae_tensors=vae, process=Process("v_prediction", zero_terminal_snr=True), captions=captions
     )
     lines = "\n".join(f'    "{scene.caption}",' for scene in prompts())
     write_text(folder / "run.toml", template.replace("PROMPTS", lines))

@@ -124,7 +124,7 @@ def sinusoids(*values: float) -> torch.Tensor:
     return build_unet(sdxl_spec()).add_time_proj(torch.tensor(values))
 
 
-def test_sizes_become_the_sinusoids_that_sdxl_was_trained_with():
+def test_methods_7_sizes_become_the_sinusoids_that_sdxl_was_trained_with():
     zero, size, one, other = sinusoids(0, 1024, 1000, 1001)
     assert zero.tolist() == [1.0] * 128 + [0.0] * 128
     assert size.square().sum().item() == pytest.approx(128, rel=1e-5)
@@ -134,7 +134,7 @@ def test_sizes_become_the_sinusoids_that_sdxl_was_trained_with():
     assert (one - other).norm().item() == pytest.approx(2.6712, abs=1e-3)
 
 
-def test_the_six_sizes_become_1536_numbers():
+def test_methods_7_the_six_sizes_become_1536_numbers():
     vector = sinusoids(1024, 1024, 0, 0, 1024, 1024).flatten()
     assert vector.numel() == 1536
     assert vector.sum().item() == pytest.approx(435.7508769, abs=5e-3)

@@ -13,8 +13,10 @@ from aquatint.demo.model import write_tiny_base
 from aquatint.diffusion.noise import draw_noise
 from aquatint.diffusion.schedule import sdxl_schedule
 from aquatint.models.sdxl.export import export_diffusers
-from aquatint.models.sdxl.generate import generate, predict
+from aquatint.models.sdxl.generate import Steps, generate
 from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.models.sdxl.model import predict
+from aquatint.models.sdxl.process import Process
 
 PROMPT, NEGATIVE = "a red circle on the left, white background", "a blue square"
 HEIGHT, WIDTH, STEPS, SCALE = 64, 96, 4, 3.0
@@ -28,15 +30,15 @@ class Exported:
     def __init__(self, folder: Path, prediction: Any, zero_terminal_snr: bool) -> None:
         self.file, self.folder = folder / "tiny.safetensors", folder / "diffusers"
         self.prediction, self.zero_terminal_snr = prediction, zero_terminal_snr
-        write_tiny_base(self.file, seed=3, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
+        process = Process(prediction, zero_terminal_snr)
+        write_tiny_base(self.file, seed=3, process=process)
         self.base: BaseModel = open_base(self.file)
         export_diffusers(
             self.folder,
             self.base,
             self.base.component("unet"),
             dtype=torch.float32,
-            prediction=prediction,
-            zero_terminal_snr=zero_terminal_snr,
+            process=process,
         )
         self.unet, self.vae = self.base.load_unet(), self.base.load_vae()
         self.encoder = self.base.caption_encoder("cpu")
@@ -50,7 +52,7 @@ class Exported:
         unconditional = None if negative is None else self.prompt(negative)
         return generate(
             self.unet, self.vae, schedule, self.prediction, self.prompt(PROMPT), unconditional,
-            seed=0, positions=[0], height=HEIGHT, width=WIDTH, num_steps=STEPS, guidance_scale=SCALE,
+            steps=Steps(STEPS, SCALE), seed=0, positions=[0], height=HEIGHT, width=WIDTH,
         )  # fmt: skip
 
 

@@ -6,14 +6,16 @@ import torch
 
 from aquatint.demo.model import tiny_spec, write_tiny_base
 from aquatint.errors import NumericalError, StorageError
-from aquatint.models.sdxl.export import export_diffusers, export_single_file, modelspec_metadata, scheduler_config
+from aquatint.models.sdxl.export import export_diffusers, export_single_file, modelspec_metadata
 from aquatint.models.sdxl.load import SPEC_KEY, open_base
+from aquatint.models.sdxl.markers import scheduler_config
+from aquatint.models.sdxl.process import Process
 from aquatint.models.sdxl.shapes import COMPONENTS
 from aquatint.tensor_file import TensorFile, as_bytes
 from tests.models.sdxl.small import small_spec
 
-EPSILON = {"prediction": "epsilon", "zero_terminal_snr": False}
-V_ZTSNR = {"prediction": "v_prediction", "zero_terminal_snr": True}
+EPSILON = {"process": Process()}
+V_ZTSNR = {"process": Process("v_prediction", zero_terminal_snr=True)}
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +64,14 @@ def test_a_trained_module_is_written_in_the_asked_dtype_and_the_rest_is_copied(s
 def test_markers_say_how_to_sample(small_base, tmp_path, prediction, zero_terminal_snr, markers):
     path = tmp_path / "model.safetensors"
     export_single_file(
-        path, small_base, small_base.component("unet"), dtype=torch.float16, prediction=prediction, zero_terminal_snr=zero_terminal_snr
+        path, small_base, small_base.component("unet"), dtype=torch.float16, process=Process(prediction, zero_terminal_snr)
     )
     with TensorFile(path) as file:
         assert {name for name in file.tensors if "." not in name} == markers
         assert all((file.tensors[name].dtype, file.tensors[name].shape) == ("F32", (0,)) for name in markers)
         assert file.metadata["modelspec.prediction_type"] == ("v" if markers else "epsilon")
     base = open_base(path)
-    assert (base.prediction, base.zero_terminal_snr) == (prediction, zero_terminal_snr)
+    assert (base.process.prediction, base.process.zero_terminal_snr) == (prediction, zero_terminal_snr)
 
 
 def test_the_reference_reader_reads_empty_markers(small_base, tmp_path):
@@ -126,7 +128,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(small_base, tm
 
 
 def test_a_file_that_reads_back_differently_is_an_error(small_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("aquatint.models.sdxl.export._markers", lambda *_: [])
+    monkeypatch.setattr("aquatint.models.sdxl.export.markers", lambda process: {})
     with pytest.raises(StorageError, match="does not read back"):
         export_single_file(tmp_path / "model.safetensors", small_base, small_base.component("unet"), dtype=torch.float32, **V_ZTSNR)
 
@@ -147,7 +149,7 @@ def test_a_folder_is_never_overwritten(small_base, tmp_path):
 def test_a_folder_opens_as_the_same_model(small_base, tmp_path):
     export_diffusers(tmp_path / "folder", small_base, small_base.component("unet"), dtype=torch.float32, **V_ZTSNR)
     folder = open_base(tmp_path / "folder")
-    assert (folder.prediction, folder.zero_terminal_snr, folder.spec) == ("v_prediction", True, small_base.spec)
+    assert (folder.process.prediction, folder.process.zero_terminal_snr, folder.spec) == ("v_prediction", True, small_base.spec)
     assert [folder.digest(part) for part in ("unet", "vae", "text_encoders")] == [
         small_base.digest(part) for part in ("unet", "vae", "text_encoders")
     ]
@@ -165,7 +167,7 @@ def test_a_folder_opens_as_the_same_model(small_base, tmp_path):
     [("epsilon", False, "leading"), ("v_prediction", False, "trailing"), ("v_prediction", True, "trailing")],
 )
 def test_the_scheduler_config_says_what_was_trained(prediction, zero_terminal_snr, spacing):
-    config = scheduler_config(prediction, zero_terminal_snr)
+    config = scheduler_config(Process(prediction, zero_terminal_snr))
     assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (
         prediction,
         zero_terminal_snr,

@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from aquatint.diffusion.schedule import sdxl_schedule
-from aquatint.models.sdxl.generate import generate, to_uint8
+from aquatint.models.sdxl.generate import Steps, generate, to_uint8
 from aquatint.models.sdxl.load import open_base
+from aquatint.models.sdxl.process import PLAYGROUND_SCALING, STANDARDISED, Process
 
-SIZE = {"height": 64, "width": 96, "num_steps": 3}
+SIZE = {"height": 64, "width": 96}
+NUM_STEPS = 3
+V_ZTSNR = Process("v_prediction", zero_terminal_snr=True)
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,12 @@ def prompt(encoded, *texts):
     return torch.stack([encoded[text][0] for text in texts]), torch.stack([encoded[text][1] for text in texts])
 
 
-def make(parts, positive, negative=None, *, prediction="v_prediction", ztsnr=True, positions=(0,), scale=3.0, **others):
+def make(parts, positive, negative=None, *, process=V_ZTSNR, positions=(0,), scale=3.0, seed=0, schedule=None, **steps):
     unet, vae, _ = parts
-    schedule = sdxl_schedule(zero_terminal_snr=ztsnr)
     return generate(
-        unet, vae, schedule, prediction, positive, negative, positions=positions, guidance_scale=scale, **{"seed": 0, **SIZE, **others}
-    )
+        unet, vae, schedule or process.schedule(), process.prediction, positive, negative, steps=Steps(NUM_STEPS, scale, **steps),
+        positions=positions, seed=seed, sigma_data=process.sigma_data, scaling=process.latents, **SIZE,
+    )  # fmt: skip
 
 
 def test_pictures_have_the_size_that_was_asked_for(parts):
@@ -61,10 +63,10 @@ def test_guidance_of_one_asks_once(parts):
     unet, calls = parts[0], []
     handle = unet.register_forward_hook(lambda *_: calls.append(1))
     make(parts, prompt(parts[2], "a red circle"), scale=1.0)
-    assert len(calls) == SIZE["num_steps"]
+    assert len(calls) == NUM_STEPS
     make(parts, prompt(parts[2], "a red circle"), scale=2.0)
     handle.remove()
-    assert len(calls) == 3 * SIZE["num_steps"]
+    assert len(calls) == 3 * NUM_STEPS
 
 
 def test_the_negative_text_may_have_another_length(parts):
@@ -75,6 +77,43 @@ def test_the_negative_text_may_have_another_length(parts):
 def test_rescaled_guidance_changes_the_picture(parts):
     positive = prompt(parts[2], "a red circle")
     assert not np.array_equal(make(parts, positive, scale=7.0), make(parts, positive, scale=7.0, guidance_rescale=0.7))
+
+
+PROCESSES = {
+    "epsilon": Process(),
+    "x0": Process("x0", zero_terminal_snr=True),
+    "flow": Process("flow"),
+    "v told the noise": Process("v_prediction", edm_ve_sigmas=(0.002, 120.0)),
+    "EDM": Process("edm", edm_ve_sigmas=(0.002, 80.0), latents=PLAYGROUND_SCALING),
+    "standardised": Process("v_prediction", zero_terminal_snr=True, latents=STANDARDISED),
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_every_process_is_drawn_by_every_sampler_that_suits_it(parts, process):
+    positive = prompt(parts[2], "a red circle")
+    grid = "karras" if process.edm_ve_sigmas else "trailing"
+    euler, ancestral = (make(parts, positive, process=process, grid=grid, sampler=sampler) for sampler in ("euler", "euler_ancestral"))
+    assert euler.std() > 1
+    assert not np.array_equal(euler, ancestral)
+    assert np.array_equal(ancestral, make(parts, positive, process=process, grid=grid, sampler="euler_ancestral"))
+
+
+def test_the_unet_is_told_the_noise_in_the_terms_of_its_process(parts, monkeypatch):
+    told = {}
+    for name in ("epsilon", "flow", "EDM"):
+        seen = told[name] = []
+        monkeypatch.setattr("aquatint.models.sdxl.generate.predict", lambda unet, x, t, *_, seen=seen: seen.append(t[0].item()) or 0 * x)
+        make(parts, prompt(parts[2], "a red circle"), process=PROCESSES[name], scale=1.0, grid="karras" if name == "EDM" else "trailing")
+    assert told["epsilon"] == [999, 666, 332]
+    assert told["flow"] == pytest.approx([1000, 667, 333])
+    assert (told["EDM"][0], told["EDM"][-1]) == pytest.approx((np.log(80) / 4, np.log(0.002) / 4))
+
+
+def test_a_stand_in_for_infinity_changes_little(parts):
+    positive = prompt(parts[2], "a red circle")
+    exact, stand_in = (make(parts, positive, schedule=one) for one in (V_ZTSNR.schedule(), V_ZTSNR.schedule().ending_at(20000.0)))
+    assert 0 < np.abs(exact.astype(int) - stand_in).mean() < 1 or np.array_equal(exact, stand_in)
 
 
 def test_nothing_is_left_behind(parts):

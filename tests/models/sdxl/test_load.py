@@ -9,6 +9,7 @@ from aquatint.errors import ModelFileError
 from aquatint.models.sdxl.export import export_diffusers
 from aquatint.models.sdxl.keys import PREFIXES, original_shapes, to_original
 from aquatint.models.sdxl.load import LOGIT_SCALE, open_base
+from aquatint.models.sdxl.process import Process
 from aquatint.models.sdxl.shapes import COMPONENTS
 from aquatint.tensor_file import TensorFile, write_tensors
 from tests.models.sdxl.small import small_spec, spec_metadata, write_header, write_small
@@ -25,7 +26,7 @@ def small_base(tmp_path_factory) -> Path:
 def small_folder(small_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "folder"
     base = open_base(small_base)
-    export_diffusers(folder, base, base.component("unet"), dtype=torch.float32, prediction="epsilon", zero_terminal_snr=False)
+    export_diffusers(folder, base, base.component("unet"), dtype=torch.float32, process=Process())
     return folder
 
 
@@ -137,7 +138,7 @@ def test_tensors_that_nobody_uses_are_made_up_when_the_base_lost_them(tmp_path):
 def test_what_a_single_file_predicts_is_detected(tmp_path, markers, metadata, expected):
     shapes = {**original_shapes(small_spec()), **dict.fromkeys(markers, (0,))}
     base = open_base(write_header(tmp_path / "model.safetensors", shapes, {**spec_metadata(small_spec()), **metadata}))
-    assert (base.prediction, base.zero_terminal_snr) == expected
+    assert (base.process.prediction, base.process.zero_terminal_snr) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,11 @@ def test_what_a_single_file_predicts_is_detected(tmp_path, markers, metadata, ex
         ({}, ("epsilon", False)),
         ({"prediction_type": "v_prediction"}, ("v_prediction", False)),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v_prediction", True)),
+        ({"prediction_type": "sample"}, ("x0", False)),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ("flow", False)),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, ("flow", False)),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, ("edm", False)),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}, ("v_prediction", False)),
     ],
 )
 def test_what_a_diffusers_folder_predicts_is_detected(small_folder, tmp_path, scheduler, expected):
@@ -155,7 +161,7 @@ def test_what_a_diffusers_folder_predicts_is_detected(small_folder, tmp_path, sc
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     base = open_base(tmp_path)
-    assert (base.prediction, base.zero_terminal_snr) == expected
+    assert (base.process.prediction, base.process.zero_terminal_snr) == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

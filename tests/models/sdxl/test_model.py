@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from aquatint.models.sdxl.load import open_base
-from aquatint.models.sdxl.model import VAE_SCALING_FACTOR, VaeEncoder, decode_latents, predict
+from aquatint.models.sdxl.model import VaeEncoder, decode_latents, predict
+from aquatint.models.sdxl.process import VAE_SCALING_FACTOR
 
 
 class RecordingUnet(nn.Module):

@@ -48,7 +48,9 @@ def refusal(path: Path, vae: Path | None = None) -> ModelFileError:
         (NO_VAE, "has no VAE"),
         ({"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "a ControlNet"),
         ({"clip_l": (8, 768), "clip_g": (8, 1280)}, "a textual inversion embedding"),
-        ({**official_shapes(), "edm_vpred.sigma_max": ()}, "an EDM model"),
+        ({**official_shapes(), "edm_vpred.sigma_max": ()}, "claims noise levels"),
+        ({**official_shapes(), "edm_mean": (4,), "edm_std": (4,)}, "with other statistics"),
+        ({**official_shapes(), "edm_vpred.sigma_max": (9, 9)}, "should hold a few numbers"),
         ({**official_shapes(), f"{CONV_IN}.absmax": (9,)}, "a compressed model"),
         ({"double_blocks.0.img_attn.qkv.weight": (9, 9)}, "another family"),
         ({"something.else": (3,)}, "no SDXL UNet"),
@@ -185,7 +187,7 @@ def diffusers_folder(folder: Path, *, unet=None, vae=None, scheduler=None) -> Pa
 
 def test_a_whole_diffusers_folder_of_the_official_size_opens(tmp_path):
     base = open_base(diffusers_folder(tmp_path))
-    assert (base.spec, base.prediction, base.zero_terminal_snr) == (sdxl_spec(), "epsilon", False)
+    assert (base.spec, base.process.prediction, base.process.zero_terminal_snr) == (sdxl_spec(), "epsilon", False)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,8 @@ def test_a_whole_diffusers_folder_of_the_official_size_opens(tmp_path):
         ({"unet": {"addition_embed_type": None}}, "built differently"),
         ({"vae": {"scaling_factor": 0.18215}}, "is not SDXL's"),
         ({"vae": {"latents_mean": [0, 0, 0, 0]}}, "is not SDXL's"),
-        ({"scheduler": {"prediction_type": "flow_prediction"}}, "another kind of noise"),
-        ({"scheduler": {"_class_name": "EDMEulerScheduler"}}, "another kind of noise"),
+        ({"scheduler": {"prediction_type": "score"}}, "another kind of noise"),
+        ({"scheduler": {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}}, "another kind of noise"),
         ({"unet": {"block_out_channels": [320, 640]}}, "cannot be built"),
         ({"unet": {"cross_attention_dim": "2048"}}, "SDXL's sizes"),
         ({"unet": {"cross_attention_dim": 768}}, "SDXL's sizes"),
@@ -246,7 +248,7 @@ def test_tensors_that_nobody_needs_are_allowed(tmp_path):
 
 def test_a_whole_file_of_the_official_size_opens(tmp_path):
     base = open_base(write_header(tmp_path / "model.safetensors", official_shapes()))
-    assert (base.spec, base.layout, base.prediction) == (sdxl_spec(), "single_file", "epsilon")
+    assert (base.spec, base.layout, base.process.prediction) == (sdxl_spec(), "single_file", "epsilon")
 
 
 def test_the_small_file_says_its_sizes():

@@ -82,7 +82,7 @@ def test_padding_differs_between_the_two_encoders(reference):
         assert tokenizer.model_max_length == 77
 
 
-def test_the_empty_text_is_one_chunk_of_padding():
+def test_methods_7_the_empty_text_is_one_chunk_of_padding():
     assert chunk("") == [[]]
     assert padded([], PAD) == [49406, *[49407] * 76]
     assert padded([], PAD_2) == [49406, 49407, *[0] * 75]

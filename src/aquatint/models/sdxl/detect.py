@@ -78,9 +78,8 @@ def refuse_other_pipelines(folder: Path, index: Mapping[str, Any]) -> None:
         raise ModelFileError(f"{folder} holds the SDXL refiner, which has only one text encoder", hint=_REFINER_HINT)
 
 
-def refuse_other_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Any], scaling: float) -> None:
-    """Raises ModelFileError when the configs of a diffusers folder do not describe SDXL. `expected` is SDXL's own UNet config."""
-    unet, vae = configs["unet"], configs["vae"]
+def refuse_other_unet_config(folder: Path, unet: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ModelFileError when the UNet's config in a diffusers folder does not describe SDXL's, which is `expected`."""
     if unet.get("in_channels", 4) != expected["in_channels"]:
         raise ModelFileError(
             f"{folder} holds an inpainting or editing model: its UNet reads {unet['in_channels']} channels", hint=_INPAINTING_HINT
@@ -90,16 +89,6 @@ def refuse_other_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]],
     same_depths = isinstance(depths, list) and len(depths) == 3 and all(isinstance(depth, int) for depth in depths)
     if not same_depths or any(unet.get(key, expected[key]) != expected[key] for key in blocks):
         raise ModelFileError(f"{folder} holds a UNet that is built differently from SDXL's", hint=USE_SDXL)
-    refuse_other_vae_config(folder, vae, scaling)
-
-
-def refuse_other_vae_config(folder: Path, vae: Mapping[str, Any], scaling: float) -> None:
-    """Raises ModelFileError when an autoencoder's config says that its latents are not SDXL's."""
-    if abs(vae.get("scaling_factor", scaling) - scaling) > 1e-6 or vae.get("latents_mean") is not None:
-        raise ModelFileError(
-            f"the VAE in {folder} is not SDXL's: its latents are scaled differently",
-            hint=f"choose a VAE with the scaling factor {scaling}; those of SD 1.5 have the same sizes but another meaning",
-        )
 
 
 def _starts(prefix: str) -> Callable[[Tensors], bool]:
@@ -146,11 +135,6 @@ _KINDS = (
         _contains("scale_weight", "scaled_fp8", ".weight_scale", ".comfy_quant", ".absmax", ".qweight"),
         "a compressed model whose weights are not stored as they are",
         "choose the fp16, bf16 or fp32 version of the model",
-    ),
-    Kind(
-        _has("edm_mean", "edm_vpred.sigma_max"),
-        "an EDM model, which has other noise levels than SDXL",
-        USE_SDXL,
     ),
     Kind(_starts("conditioner.embedders.0.model."), "the SDXL refiner", _REFINER_HINT),
     Kind(_starts("cond_stage_model.transformer."), "a Stable Diffusion 1 model", USE_SDXL),

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from aquatint.errors import ModelFileError
 from aquatint.models.sdxl import detect
 from aquatint.models.sdxl.keys import original_shapes
-from aquatint.models.sdxl.model import VAE_SCALING_FACTOR, ModelSpec, build_text_encoders, build_unet, build_vae, sdxl_spec
+from aquatint.models.sdxl.markers import read_latent_scaling, read_markers, read_scheduler
+from aquatint.models.sdxl.model import ModelSpec, build_text_encoders, build_unet, build_vae, sdxl_spec
 from aquatint.models.sdxl.places import Place, folder_places, official_places, read_json, vae_places
+from aquatint.models.sdxl.process import Process
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape
 from aquatint.tensor_file import LazyTensor, TensorFile, as_bytes, torch_dtype
 
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from aquatint.diffusion.parameterization import Prediction
     from aquatint.models.sdxl.conditioning import TextEncoders
     from aquatint.models.sdxl.model import VaeEncoder
 
 SPEC_KEY = "aquatint.model_spec"  # metadata of a file whose networks do not have SDXL's sizes
+FOLDED_KEY = "_aquatint_folded_latents"  # in model_index.json: see `Process.folded`
 LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training stops it: for a base that lost the tensor
 MAX_LAYERS = 100  # of one stack: a damaged file may claim any number
 
@@ -45,9 +47,8 @@ class BaseModel:
     path: Path
     spec: ModelSpec
     layout: Literal["single_file", "diffusers"]
-    prediction: Prediction
-    """What the UNet was trained to predict, as far as the files tell; epsilon if they do not."""
-    zero_terminal_snr: bool
+    process: Process
+    """What the UNet was trained for, as far as the files tell; SDXL's own epsilon if they do not."""
     places: Mapping[Component, Mapping[str, Place]] = field(repr=False)
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -178,13 +179,11 @@ class _Reader:
 def _open_single_file(path: Path, *, need_vae: bool) -> BaseModel:
     detect.refuse_container(path)
     with TensorFile(path) as file:
-        tensors, metadata = file.tensors, file.metadata
+        tensors, metadata, process = file.tensors, file.metadata, read_markers(file)
     detect.refuse_other_models(path, tensors, need_vae=need_vae)
     spec = _spec_of(path, metadata)
     places = {component: official_places(path, tensors, component, spec) for component in _needed(need_vae)}
-    is_v = "v_pred" in tensors or metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
-    prediction: Prediction = "v_prediction" if is_v else "epsilon"
-    return BaseModel(path, spec, "single_file", prediction, is_v and "ztsnr" in tensors, places)
+    return BaseModel(path, spec, "single_file", process, places)
 
 
 def _open_folder(folder: Path, *, need_vae: bool) -> BaseModel:
@@ -192,12 +191,14 @@ def _open_folder(folder: Path, *, need_vae: bool) -> BaseModel:
     detect.refuse_other_pipelines(folder, index)
     configs = {component: read_json(folder / component / "config.json") for component in _needed(need_vae)}
     official = sdxl_spec()
-    detect.refuse_other_configs(folder, {"vae": {}, **configs}, official.unet, VAE_SCALING_FACTOR)
+    detect.refuse_other_unet_config(folder, configs["unet"], official.unet)
+    scaling = read_latent_scaling(folder, configs.get("vae", {}))
     known = {component: _known(configs.get(component, {}), getattr(official, component)) for component in COMPONENTS}
     spec = _workable(folder, ModelSpec(**known))
     places = {component: folder_places(folder / component, component, spec) for component in configs}
-    prediction, zero_terminal_snr = _read_scheduler(folder)
-    return BaseModel(folder, spec, "diffusers", prediction, zero_terminal_snr, places)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(scheduler) if scheduler.is_file() else {}
+    return BaseModel(folder, spec, "diffusers", read_scheduler(scheduler, config, scaling, folded=bool(index.get(FOLDED_KEY))), places)
 
 
 def _needed(need_vae: bool) -> tuple[Component, ...]:
@@ -241,15 +242,6 @@ def _known(config: Mapping[str, Any], official: Mapping[str, Any]) -> dict[str, 
     """The part of a config that decides what the network computes, with SDXL's values where it is silent."""
     token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")  # of no effect here, and wrong in many files
     return {key: value if key in token_ids else config.get(key, value) for key, value in official.items()}
-
-
-def _read_scheduler(folder: Path) -> tuple[Prediction, bool]:
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(path) if path.is_file() else {}
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction") or "Flow" in str(config.get("_class_name")) or "EDM" in str(config.get("_class_name")):
-        raise ModelFileError(f"{path} asks for another kind of noise than SDXL's", hint=detect.USE_SDXL)
-    return prediction, prediction == "v_prediction" and bool(config.get("rescale_betas_zero_snr", False))
 
 
 def _synthesised(name: str, shape: Shape) -> torch.Tensor:

@@ -13,6 +13,7 @@ from importlib.resources import files
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from aquatint.models.sdxl.process import SDXL_SCALING, LatentScaling
 from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape, component_shapes
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-VAE_SCALING_FACTOR = 0.13025  # SDXL's, not SD 1's 0.18215
 LOGVAR_RANGE = (-30.0, 20.0)  # outside it the autoencoder's own code does not trust the log-variance either
 
 
@@ -125,7 +125,7 @@ class VaeEncoder:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float32 in [-1, 1] -> (B, 8, H/8, W/8) float32 on the CPU: mean and standard deviation.
 
-        Both are raw: the caller multiplies by `VAE_SCALING_FACTOR`. Values that are not finite are passed on.
+        Both are raw: see `process.LatentScaling`. Values that are not finite are passed on.
         """
         import torch
 
@@ -135,13 +135,13 @@ class VaeEncoder:
             return torch.cat([mean, torch.exp(0.5 * log_variance.clamp(*LOGVAR_RANGE))], dim=1).cpu()
 
 
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, scaling: LatentScaling = SDXL_SCALING) -> torch.Tensor:
     """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w), float32 in [-1, 1], on the autoencoder's device.
 
     One picture is decoded at a time: a decoder's activations are the largest of the whole model.
     """
     import torch
 
-    raw = (latents.float() / VAE_SCALING_FACTOR).to(vae.device, vae.dtype)
+    raw = scaling.undo(latents).to(vae.device, vae.dtype)
     with torch.no_grad():
         return torch.cat([vae.decode(one).sample.float().clamp(-1, 1) for one in raw.split(1)])

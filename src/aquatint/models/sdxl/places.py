@@ -14,7 +14,9 @@ from typing import Any
 from aquatint.errors import ModelFileError
 from aquatint.models.sdxl import detect
 from aquatint.models.sdxl.keys import PREFIXES, Origin, is_vae_matrix, stored_shape, to_original
-from aquatint.models.sdxl.model import VAE_SCALING_FACTOR, ModelSpec
+from aquatint.models.sdxl.markers import read_latent_scaling
+from aquatint.models.sdxl.model import ModelSpec
+from aquatint.models.sdxl.process import SDXL_SCALING
 from aquatint.models.sdxl.shapes import CARRIED, Component, Shape
 from aquatint.storage import storage_errors
 from aquatint.tensor_file import TensorFile, TensorInfo
@@ -54,7 +56,10 @@ def vae_places(path: Path, spec: ModelSpec) -> dict[str, Place]:
         raise ModelFileError(f"there is no file or folder {path}", hint=hint)
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        detect.refuse_other_vae_config(folder, read_json(folder / "config.json"), VAE_SCALING_FACTOR)
+        if read_latent_scaling(folder, read_json(folder / "config.json")) != SDXL_SCALING:
+            raise ModelFileError(
+                f"the VAE in {folder} is for Playground's scaling of the latents", hint="choose an SDXL VAE, or leave out `model.vae`"
+            )
         return folder_places(folder, "vae", spec)
     detect.refuse_container(path)
     with TensorFile(path) as file:
