@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from aquatint.tracking.curves import plot_losses, series, smooth
 from aquatint.tracking.files import MetricsFile
@@ -26,6 +27,17 @@ def test_a_run_with_validation_gives_a_picture_of_two_panels(tmp_path):
     assert plot_losses(tmp_path / "without", tmp_path / "without.png")
     tall, flat = (png_size_hw((tmp_path / name).read_bytes())[0] for name in ("with.png", "without.png"))
     assert tall == 2 * flat
+
+
+def test_the_loss_of_trained_pictures_is_drawn_beside_that_of_held_out_ones(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda panel, steps, values, **style: drawn.append((style.get("label"), np.ravel(values).tolist())))
+    monkeypatch.setattr(Axes, "legend", lambda panel, **style: None)
+    for step, value in enumerate((0.5, 0.4)):
+        MetricsFile(tmp_path / "m").log(step, {"loss": value, "val_loss": value + 1, "train_val_loss": value + 2})
+    assert plot_losses(tmp_path / "m", tmp_path / "a.png")
+    assert ("trained pictures", [2.5, 2.4]) in drawn
+    assert ("held-out pictures", [1.5, 1.4]) in drawn
 
 
 def test_the_same_rows_give_the_same_picture(tmp_path):

@@ -15,24 +15,28 @@ from aquatint.tracking.files import read_rows
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, FAINT, TRAINING, VALIDATION = "#2b2b33", "#d9d9e0", "#3b6ea5", "#c8553d"
+INK, FAINT, TRAINING, VALIDATION, KNOWN = "#2b2b33", "#d9d9e0", "#3b6ea5", "#c8553d", "#8fb3d6"
+Series = tuple[np.ndarray, np.ndarray]
 
 
-def plot_losses(metrics_path: Path, png_path: Path, *, title: str = "", loss: str = "loss", validation: str = "val_loss") -> bool:
-    """Draws `loss` and `validation` over the steps into a PNG. False, and no picture, if there is no loss to draw yet.
+def plot_losses(
+    metrics_path: Path, png_path: Path, *, title: str = "", loss: str = "loss", validation: str = "val_loss", known: str = "train_val_loss"
+) -> bool:
+    """Draws `loss`, `validation` and `known` over the steps into a PNG. False, and no picture, if there is no loss to draw yet.
 
     The validation loss gets a panel of its own: it moves by far less than the training loss scatters, and the two are
-    not on one scale when the training loss is weighted. Raises StorageError.
+    not on one scale when the training loss is weighted. `known`, the loss of trained pictures that are measured like those
+    held out, is on its scale and beside it. Raises StorageError.
     """
     rows = read_rows(metrics_path)
-    training, held_out = series(rows, loss), series(rows, validation)
+    training, held_out, trained = (series(rows, name) for name in (loss, validation, known))
     if not len(training[0]):
         return False
-    write_bytes(png_path, _draw(training, held_out, title))
+    write_bytes(png_path, _draw(training, held_out, trained, title))
     return True
 
 
-def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> Series:
     """Steps (n,) and values (n,), float64, of the rows that have a number under `name`."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
@@ -52,7 +56,7 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
     return total / weight
 
 
-def _draw(training: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray], title: str) -> bytes:
+def _draw(training: Series, held_out: Series, known: Series, title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +65,7 @@ def _draw(training: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, n
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     _draw_training(axes[0], *training)
     if panels == 2:
-        _draw_validation(axes[1], *held_out)
+        _draw_validation(axes[1], held_out, known)
     for panel in axes:
         _dress(panel)
     axes[-1].set_xlabel("step", color=INK)
@@ -81,8 +85,13 @@ def _draw_training(panel: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     panel.set_ylim(low - room, high + room)
 
 
-def _draw_validation(panel: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    panel.plot(steps, values, color=VALIDATION, linewidth=1.6, marker="o", markersize=4)
+def _draw_validation(panel: Axes, held_out: Series, known: Series) -> None:
+    steps, values = held_out
+    if len(known[0]):
+        panel.plot(*known, color=KNOWN, linewidth=1.6, marker="o", markersize=4, label="trained pictures")
+    panel.plot(steps, values, color=VALIDATION, linewidth=1.6, marker="o", markersize=4, label="held-out pictures")
+    if len(known[0]):
+        panel.legend(frameon=False, fontsize=9, labelcolor=INK)
     best = int(np.argmin(values))
     panel.plot(steps[best], values[best], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=VALIDATION, markeredgewidth=1.5)
     note = f"lowest: {values[best]:.4g} at step {steps[best]:,.0f}"
