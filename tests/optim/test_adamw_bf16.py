@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from aquatint.optim import adamw_bf16
+from aquatint.optim import tensorwise
 from aquatint.optim.adamw_bf16 import AdamWBF16, adamw
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -97,7 +97,7 @@ def test_state_has_the_dtype_and_shape_of_its_weight(dtype):
 def test_tensors_updated_together_end_as_they_would_alone(monkeypatch):
     together, alone = parameters(), parameters()
     for params, room in ((together, 1 << 20), (alone, 1)):
-        monkeypatch.setattr(adamw_bf16, "JOINED_ELEMENTS", room)
+        monkeypatch.setattr(tensorwise, "JOINED_ELEMENTS", room)
         optimizer = AdamWBF16(params, **SETTINGS, seed=0)
         for step in range(5):
             set_gradients(params, step)

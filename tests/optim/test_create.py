@@ -5,22 +5,29 @@ import torch
 from torch import nn
 
 from aquatint.optim.adafactor import Adafactor
+from aquatint.optim.adamw8bit import AdamW8bit
 from aquatint.optim.adamw_bf16 import AdamWBF16
-from aquatint.optim.create import create_optimizer, parameter_groups, state_bytes
+from aquatint.optim.create import create_optimizer, parameter_groups
+from aquatint.optim.sizes import state_bytes
+from aquatint.optim.soap import Soap
 
+ADAM = {"learning_rate": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
 SETTINGS = {
-    "adamw": {"learning_rate": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6},
-    "adamw_bf16": {"learning_rate": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6},
+    "adamw": ADAM,
+    "adamw_bf16": ADAM,
+    "adamw_bf16 kahan": {**ADAM, "rounding": "kahan"},
+    "adamw8bit": ADAM,
+    "soap": {**ADAM, "max_precond_dim": 40, "precond_every": 3},
     "adafactor": {"learning_rate": 1e-2, "weight_decay": 0.1, "clip_threshold": 0.9, "decay_power": 0.7},
 }
-KINDS = [("adamw", torch.float32), *((name, dtype) for name in ("adamw_bf16", "adafactor") for dtype in (torch.float32, torch.bfloat16))]
+KINDS = [("adamw", torch.float32), *((name, dtype) for name in list(SETTINGS)[1:] for dtype in (torch.float32, torch.bfloat16))]
 EACH_KIND = pytest.mark.parametrize(("name", "dtype"), KINDS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in KINDS])
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(54, 5)).to(dtype)
+        return nn.Sequential(nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(54, 96), nn.Linear(96, 96)).to(dtype)
 
 
 def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -32,14 +39,14 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 
 def make(name: str, module: nn.Module, seed: int = 3) -> torch.optim.Optimizer:
-    return create_optimizer(name, module.named_parameters(), seed=seed, **SETTINGS[name])
+    return create_optimizer(name.split()[0], module.named_parameters(), seed=seed, **SETTINGS[name])
 
 
 def test_norms_and_biases_get_no_weight_decay():
     groups = parameter_groups(model().named_parameters(), 0.1)
     assert [[name for name, _ in group["params"]] for group in groups] == [
-        ["0.weight", "3.weight"],
-        ["0.bias", "1.weight", "1.bias", "3.bias"],
+        ["0.weight", "3.weight", "4.weight"],
+        ["0.bias", "1.weight", "1.bias", "3.bias", "4.bias"],
     ]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
@@ -48,7 +55,16 @@ def test_empty_groups_are_left_out():
     assert [group["weight_decay"] for group in parameter_groups(nn.GroupNorm(2, 4).named_parameters(), 0.1)] == [0.0]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adamw_bf16", AdamWBF16), ("adafactor", Adafactor)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adamw", torch.optim.AdamW),
+        ("adamw_bf16 kahan", AdamWBF16),
+        ("adamw8bit", AdamW8bit),
+        ("adafactor", Adafactor),
+        ("soap", Soap),
+    ],
+)
 def test_settings_reach_the_optimizer(name, kind):
     optimizer = make(name, model())
     assert isinstance(optimizer, kind)
@@ -56,7 +72,7 @@ def test_settings_reach_the_optimizer(name, kind):
     group = optimizer.param_groups[0]
     assert {key: group[key] for key in renamed} == renamed
     assert optimizer.param_groups[1]["weight_decay"] == 0.0
-    assert group["param_names"] == ["0.weight", "3.weight"]
+    assert group["param_names"] == ["0.weight", "3.weight", "4.weight"]
 
 
 def test_adamw_is_the_fused_one():
@@ -112,9 +128,10 @@ def test_state_dict_of_a_fresh_optimizer_can_be_loaded(name, dtype):
 def test_state_weighs_what_the_plan_says(name, dtype):
     module = model(dtype)
     optimizer = make(name, module)
-    train(module, optimizer, range(1))
+    train(module, optimizer, range(2))
     measured = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    assert measured == state_bytes(name, [param.shape for param in module.parameters()], dtype.itemsize)
+    settings = {key: value for key, value in SETTINGS[name].items() if key in ("rounding", "max_precond_dim")}
+    assert measured == state_bytes(name.split()[0], [param.shape for param in module.parameters()], dtype.itemsize, **settings)
 
 
 def test_planned_bytes_of_a_large_convolution():
@@ -122,7 +139,10 @@ def test_planned_bytes_of_a_large_convolution():
     elements = 1280 * 1280 * 9
     assert state_bytes("adamw", shapes, 4) == 8 * elements + 4
     assert state_bytes("adamw_bf16", shapes, 2) == 4 * elements + 4
+    assert state_bytes("adamw_bf16", shapes, 2, rounding="kahan") == 6 * elements + 4
+    assert state_bytes("adamw8bit", shapes, 2) == 2 * elements + 2 * 4 * elements // 256 + 4
     assert state_bytes("adafactor", shapes, 2) == 4 * 12_800 + 4
+    assert state_bytes("soap", shapes, 2, max_precond_dim=2048) == 4 * elements + 2 * 4 * 1280**2 + 4
 
 
 @EACH_KIND

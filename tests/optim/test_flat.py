@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquatint.optim.flat import batches, join, write_
+from aquatint.optim import flat
+from aquatint.optim.flat import batches, join, pieces, row_pieces, spread_
 
 
 @settings(max_examples=50, deadline=None)
@@ -25,11 +27,33 @@ def test_what_was_joined_is_written_back_to_its_places():
     tensors = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(1, 4, 2, 2).to(memory_format=torch.channels_last)]
     joined = join(tensors)
     assert joined.shape == (3 + 4 + 16,)
-    write_(tensors, torch.arange(23.0), torch.Generator())
+    spread_(torch.arange(23.0), tensors)
     assert torch.equal(join(tensors), torch.arange(23.0))
     assert tensors[1].tolist() == [[3.0, 4.0], [5.0, 6.0]]
 
 
 def test_a_tensor_alone_is_not_copied():
     tensor = torch.zeros(2, 3)
-    assert join([tensor]) is tensor
+    vector = join([tensor])
+    vector[4] = 1.0
+    spread_(vector, [tensor])
+    assert tensor[1, 1] == 1.0
+
+
+def test_a_tensor_in_another_memory_format_is_written_back():
+    tensor = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    spread_(join([tensor]) + 1, [tensor])
+    assert (tensor == 1).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 100))
+def test_pieces_cover_everything_once(rows, columns, size):
+    tensor = torch.zeros(rows, columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "CPU_PIECE", size)
+        for piece in pieces(tensor.flatten()):
+            tensor.view(-1)[piece] += 1
+        for piece in row_pieces(tensor):
+            tensor[piece] += 1
+    assert (tensor == 2).all()

@@ -12,8 +12,17 @@ def factors(steps, schedule="cosine", warmup_steps=10, total_steps=110, end_fact
     return [learning_rate_factor(step, **settings) for step in steps]
 
 
-def test_cosine_matches_its_vector():
+def test_methods_10_cosine_matches_its_vector():
     assert factors([0, 5, 10, 60, 110]) == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
+
+
+def test_methods_10_inverse_sqrt_matches_its_vector():
+    steps = [70_000, 140_000, 280_000]
+    found = [
+        learning_rate_factor(step, schedule="inverse_sqrt", warmup_steps=10, total_steps=0, end_factor=0.0, reference_steps=70_000)
+        for step in steps
+    ]
+    assert found == pytest.approx([1, 0.70710678, 0.5])
 
 
 def test_linear_falls_on_a_line():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquatint.optim.rounding import copy_stochastic_, round_stochastic
+from aquatint.optim.rounding import copy_stochastic_, draw_bits, round_stochastic, rounding_generator
 
 ALL_BITS = torch.arange(65536, dtype=torch.int32)
 EVERY_BFLOAT16 = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -95,3 +95,26 @@ def test_rounding_is_a_function_of_the_generator():
 def test_float16_weights_are_refused():
     with pytest.raises(ValueError, match="must be float32 or bfloat16"):
         copy_stochastic_(torch.empty(2, dtype=torch.float16), torch.ones(2), generator())
+
+
+def test_the_largest_numbers_are_rounded_up_as_often_as_any_other():
+    below = torch.tensor([LARGEST]).view(torch.int32) - 16384  # a quarter of a step below the largest
+    rounded = round_stochastic(below.view(torch.float32).expand(65536).contiguous(), ALL_BITS)
+    assert (rounded == LARGEST).float().mean().item() == 0.75
+
+
+def test_drawn_bits_are_uniform_and_each_is_used_once():
+    bits = draw_bits(1 << 18, generator())
+    counts = torch.bincount(bits >> 8, minlength=256).float()
+    assert bits.dtype == torch.int32
+    assert (bits.min() >= 0) & (bits.max() < 65536)
+    assert ((counts - 1024).square() / 1024).sum() < 400  # chi-square with 255 degrees of freedom: 5 standard deviations would be 368
+    assert len(draw_bits(7, generator())) == 7
+
+
+def test_bits_are_keyed_by_seed_tensor_and_step():
+    device = torch.device("cpu")
+    keys = [(0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1), (0, 0, 1)]
+    drawn = [tuple(draw_bits(16, rounding_generator(seed, index, step, device)).tolist()) for seed, index, step in keys]
+    assert len(set(drawn)) == 4
+    assert drawn[0] == drawn[-1]

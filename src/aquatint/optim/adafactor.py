@@ -7,29 +7,25 @@ over its 3 x 3 kernel, as is common, its state would be fifty times as large and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from aquatint.optim.rounding import copy_stochastic_, rounding_generators
+from aquatint.optim.flat import row_pieces
+from aquatint.optim.rounding import copy_stochastic_
+from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
 EPS = 1e-30  # epsilon_1 of the paper: keeps the root of a zero gradient's second moment from being 0
 
-State = dict[str, Tensor]
 
+class Factors(NamedTuple):
+    """1 / sqrt(V) of a matrix (O, I) as a column (O, 1) times a row (I,)."""
 
-def initial_state(param: Tensor) -> State:
-    """Step 0 and empty second moments, float32: row and column means of a matrix (O, I) or convolution (O, I, kh, kw)."""
-    zeros = partial(torch.zeros, dtype=torch.float32, device=param.device)
-    step = torch.zeros((), dtype=torch.float32)
-    if param.dim() < 2:
-        return {"step": step, "exp_avg_sq": zeros(param.shape)}
-    rows = param.shape[0]
-    return {"step": step, "exp_avg_sq_row": zeros(rows), "exp_avg_sq_col": zeros(param.numel() // rows)}
+    left: Tensor
+    right: Tensor
 
 
 def second_moment_decay(step: int, decay_power: float) -> float:
@@ -37,47 +33,43 @@ def second_moment_decay(step: int, decay_power: float) -> float:
     return 1 - math.pow(step, -decay_power)
 
 
-def factored(grad: Tensor, row: Tensor, col: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Update g / sqrt(V) of a matrix (O, I), and the new row (O,) and column (I,) means of g^2; all float32.
+def factored(grad: Tensor, row: Tensor, col: Tensor, decay: float) -> tuple[Factors, Tensor, Tensor]:
+    """1 / sqrt(V) of a matrix (O, I), and the new row (O,) and column (I,) means of g^2; all float32.
 
     V = row col^T / mean(row) (arXiv 1804.04235, algorithm 4, with means for sums).
     """
     row_mean, col_mean = mean_squares(grad)
     row = decay * row + (1 - decay) * row_mean
     col = decay * col + (1 - decay) * col_mean
-    update = grad * (row / row.mean()).rsqrt().unsqueeze(1)
-    return update.mul_(col.rsqrt()), row, col
+    return Factors((row / row.mean()).rsqrt().unsqueeze(1), col.rsqrt()), row, col
 
 
 def mean_squares(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of g^2 + EPS over each row and over each column of a matrix (O, I): (O,) and (I,)."""
-    square = grad.square()
-    return square.mean(dim=1) + EPS, square.mean(dim=0) + EPS
+    """Means of g^2 + EPS over each row and over each column of a matrix (O, I): (O,) and (I,), float32."""
+    row = torch.empty(grad.shape[0], dtype=torch.float32, device=grad.device)
+    col = torch.zeros(grad.shape[1], dtype=torch.float32, device=grad.device)
+    for piece in row_pieces(grad):
+        square = grad[piece].float().square()
+        row[piece] = square.mean(dim=1)
+        col += square.sum(dim=0)
+    return row + EPS, col / grad.shape[0] + EPS
 
 
-def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Update g / sqrt(V) of a vector, and its new V; all float32 (arXiv 1804.04235, algorithm 5)."""
-    exp_avg_sq = decay * exp_avg_sq + (1 - decay) * (grad.square() + EPS)
-    return grad * exp_avg_sq.rsqrt(), exp_avg_sq
+def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> tuple[Factors, Tensor]:
+    """1 / sqrt(V) of a vector, taken as a matrix (1, I), and its new V; all float32 (arXiv 1804.04235, algorithm 5)."""
+    exp_avg_sq = decay * exp_avg_sq + (1 - decay) * (grad.float().square() + EPS)
+    return Factors(torch.ones_like(exp_avg_sq[:1]).unsqueeze(1), exp_avg_sq.rsqrt()), exp_avg_sq
 
 
-def clip_rms(update: Tensor, threshold: float) -> Tensor:
-    """`update`, made smaller if its root mean square is over `threshold` (arXiv 1804.04235, section 6)."""
-    rms: Tensor = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
-    return update / (rms / threshold).clamp(min=1.0)
+def clip_scale(grad: Tensor, factors: Factors, threshold: float) -> Tensor:
+    """What brings the root mean square of the update g / sqrt(V) down to `threshold`; 1 if it is below (arXiv 1804.04235, section 6)."""
+    left, right = factors.left.square().squeeze(1), factors.right.square()
+    squares = torch.stack([torch.dot(left[piece], grad[piece].float().square() @ right) for piece in row_pieces(grad)]).sum()
+    rms = (squares / grad.numel()).sqrt()
+    return 1 / (rms / threshold).clamp(min=1.0)
 
 
-def adafactor_update(grad: Tensor, state: State, *, step: int, decay_power: float, clip_threshold: float) -> tuple[Tensor, State]:
-    """Unit-sized update in the shape of `grad`, float32, and the state after it."""
-    decay = second_moment_decay(step, decay_power)
-    if grad.dim() < 2:
-        update, exp_avg_sq = unfactored(grad.float(), state["exp_avg_sq"], decay)
-        return clip_rms(update, clip_threshold), {"exp_avg_sq": exp_avg_sq}
-    update, row, col = factored(grad.flatten(1).float(), state["exp_avg_sq_row"], state["exp_avg_sq_col"], decay)
-    return clip_rms(update, clip_threshold).view(grad.shape), {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
-
-
-class Adafactor(Optimizer):
+class Adafactor(TensorwiseOptimizer):
     """Adafactor over bfloat16 (stochastically rounded) or float32 weights; its state is always float32.
 
     `lr` is the size of a step, neither scaled by the size of the weights nor decayed. `seed` keys the rounding.
@@ -97,31 +89,41 @@ class Adafactor(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "clip_threshold": clip_threshold, "decay_power": decay_power}
         super().__init__(params, {**defaults, "seed": seed})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
-        loss = torch.enable_grad()(closure)() if closure else None
-        generators = rounding_generators(self)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group, generators[param.device])
-        return loss
+    def kind(self, param: Tensor) -> Hashable:
+        """Each on its own: an update is clipped as a whole."""
+        return id(param)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, but state stays float32: torch would cast that of bfloat16 weights to bfloat16."""
-        super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"]]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for param, index in zip(params, saved, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                self.state[param][key] = value if key == "step" else value.to(param.device)
+    def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        """Empty second moments, float32: row and column means of a matrix (O, I) or convolution (O, I, kh, kw)."""
+        zeros = partial(torch.zeros, dtype=torch.float32, device=param.device)
+        if param.dim() < 2:
+            return {"exp_avg_sq": zeros(param.numel())}
+        rows = param.shape[0]
+        return {"exp_avg_sq_row": zeros(rows), "exp_avg_sq_col": zeros(param.numel() // rows)}
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], generator: torch.Generator) -> None:
-        state = self.state[param] or initial_state(param)
-        step = int(state["step"]) + 1
-        settings = {key: group[key] for key in ("decay_power", "clip_threshold")}
-        update, second_moment = adafactor_update(grad, state, step=step, **settings)
-        value = ((1 - group["lr"] * group["weight_decay"]) * param.float()).sub_(update, alpha=group["lr"])
-        copy_stochastic_(param, value, generator)
-        self.state[param] = {"step": torch.tensor(float(step)), **second_moment}
+    def advance(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
+        for param in params:
+            if param.grad is not None:
+                self.state[param].update(adafactor_(param, param.grad, self.state[param], self.generator(unit, step), unit.group, step))
+
+
+def adafactor_(param: Tensor, grad: Tensor, state: State, generator: torch.Generator, group: dict[str, Any], step: int) -> State:
+    """One step in place, rounding as `copy_stochastic_` does; returns the new second moments."""
+    decay = second_moment_decay(step, group["decay_power"])
+    new: State
+    if param.dim() < 2:
+        weights, grad = param.view(1, -1), grad.view(1, -1)
+        factors, exp_avg_sq = unfactored(grad[0], state["exp_avg_sq"], decay)
+        new = {"exp_avg_sq": exp_avg_sq}
+    else:
+        weights, grad = param.flatten(1), grad.flatten(1)
+        factors, row, col = factored(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], decay)
+        new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+    right = factors.right * clip_scale(grad, factors, group["clip_threshold"])
+    for piece in row_pieces(grad):
+        update = (grad[piece].float() * factors.left[piece]).mul_(right)
+        value = ((1 - group["lr"] * group["weight_decay"]) * weights[piece].float()).sub_(update, alpha=group["lr"])
+        copy_stochastic_(weights[piece], value, generator)
+    if weights.data_ptr() != param.data_ptr():
+        param.copy_(weights.view(param.shape))
+    return new

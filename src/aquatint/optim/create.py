@@ -1,19 +1,23 @@
-"""From a name and settings to an optimizer, and what its state will weigh."""
+"""From a name and settings to an optimizer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from aquatint.optim.adafactor import Adafactor
+from aquatint.optim.adamw import AdamW
+from aquatint.optim.adamw8bit import AdamW8bit
 from aquatint.optim.adamw_bf16 import AdamWBF16
+from aquatint.optim.soap import Soap
+from aquatint.optim.tensorwise import TensorwiseOptimizer
 
-STEP_BYTES = 4  # each tensor's step count
+OURS: Mapping[str, Callable[..., TensorwiseOptimizer]] = MappingProxyType(
+    {"adamw_bf16": AdamWBF16, "adamw8bit": AdamW8bit, "adafactor": Adafactor, "soap": Soap}
+)
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -35,32 +39,14 @@ def create_optimizer(
     learning_rate: float,
     weight_decay: float,
     **settings: Any,
-) -> Optimizer:
+) -> AdamW | TensorwiseOptimizer:
     """The optimizer called `name`, over two parameter groups; `settings` are its own, `seed` keys its rounding.
 
-    Raises ValueError for a name that is not adamw, adamw_bf16 or adafactor.
+    All of them can be stepped tensor by tensor too. Raises ValueError for a name that there is not.
     """
     groups = parameter_groups(named_parameters, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **settings)
-    if name == "adamw_bf16":
-        return AdamWBF16(groups, lr=learning_rate, seed=seed, **settings)
-    if name == "adafactor":
-        return Adafactor(groups, lr=learning_rate, seed=seed, **settings)
-    raise ValueError(f"unknown optimizer {name!r}; there are adamw, adamw_bf16 and adafactor")
-
-
-def state_bytes(name: str, shapes: Iterable[Sequence[int]], param_bytes: int) -> int:
-    """What the optimizer's state weighs in memory once it has made a step, from the shapes of the weights alone.
-
-    `param_bytes` is the size of one element of the weights: 4 for float32, 2 for bfloat16. AdamW's two moments have it too.
-    """
-    shapes = [tuple(shape) for shape in shapes]
-    if name == "adafactor":
-        return sum(4 * adafactor_elements(shape) + STEP_BYTES for shape in shapes)
-    return sum(2 * param_bytes * math.prod(shape) + STEP_BYTES for shape in shapes)
-
-
-def adafactor_elements(shape: Sequence[int]) -> int:
-    """Rows plus columns of a matrix or convolution, or all elements of a vector."""
-    return math.prod(shape) if len(shape) < 2 else shape[0] + math.prod(shape[1:])
+        return AdamW(groups, lr=learning_rate, fused=True, **settings)
+    if name in OURS:
+        return OURS[name](groups, lr=learning_rate, seed=seed, **settings)
+    raise ValueError(f"unknown optimizer {name!r}; there are adamw, {', '.join(OURS)}")

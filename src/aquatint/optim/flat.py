@@ -1,4 +1,8 @@
-"""Several small tensors as one: of SDXL's 1,680, 886 are vectors that hold 0.06 % of the weights and take half of the kernel launches."""
+"""Several small tensors as one, and large ones in pieces.
+
+Of SDXL's 1,680 tensors, 886 are vectors that hold 0.06 % of the weights and take half of the kernel launches. A CPU on the other
+hand is ten times as fast on pieces that its caches hold, since the float32 numbers in between never go to memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from aquatint.optim.rounding import copy_stochastic_
+CPU_PIECE = 1 << 16  # elements: a dozen such float32 tensors fit into a core's caches
 
 
 def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], Hashable], max_elements: int) -> Iterator[list[Tensor]]:
@@ -25,16 +29,25 @@ def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], Hashable], max_e
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor with the elements of all; a single one is returned as it is."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+    """One vector with the elements of all; of a single contiguous tensor it is a view."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def write_(targets: Sequence[Tensor], joined: Tensor, generator: torch.Generator) -> None:
-    """Write a float32 result of joined tensors back into them, rounding as `copy_stochastic_` does."""
-    if len(targets) == 1:
-        return copy_stochastic_(targets[0], joined, generator)
-    rounded = torch.empty_like(joined, dtype=targets[0].dtype)
-    copy_stochastic_(rounded, joined, generator)
-    for target, piece in zip(targets, torch.split(rounded, [target.numel() for target in targets]), strict=True):
+def spread_(joined: Tensor, targets: Sequence[Tensor]) -> None:
+    """Write a vector made by `join` back into its tensors; nothing is to do where it is a view."""
+    if joined.data_ptr() == targets[0].data_ptr():
+        return
+    for target, piece in zip(targets, torch.split(joined, [target.numel() for target in targets]), strict=True):
         target.copy_(piece.view(target.shape))
-    return None
+
+
+def pieces(vector: Tensor) -> Iterator[slice]:
+    """Slices that cover a vector, of the size that its device works best on."""
+    size = CPU_PIECE if vector.device.type == "cpu" else max(1, vector.numel())
+    return (slice(start, start + size) for start in range(0, vector.numel(), size))
+
+
+def row_pieces(matrix: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of a matrix, as `pieces` does its elements."""
+    rows = max(1, CPU_PIECE // matrix.shape[1]) if matrix.device.type == "cpu" else matrix.shape[0]
+    return (slice(start, start + rows) for start in range(0, matrix.shape[0], rows))

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from aquatint.utils.seeds import seed_of
 
 LOW_BITS = 1 << 16  # float32 has this many values per bfloat16 step: the upper half of its bits is a bfloat16
-LARGEST = torch.finfo(torch.bfloat16).max
+MAGNITUDE = 0x7FFFFFFF  # a float32's bits but for the sign: they are ordered as the numbers are
+LARGEST_BITS = 0x7F7F0000  # of bfloat16's largest number
+DRAWS_PER_WORD = 4  # one 64-bit random number rounds so many values
 
 
-def rounding_generators(optimizer: Optimizer) -> dict[torch.device, torch.Generator]:
-    """The random bits of an optimizer's next step, per device: a function of its `seed` and step count, so nothing has to be saved."""
-    step = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    seed = seed_of(optimizer.defaults["seed"], "rounding", step)
-    devices = {param.device for group in optimizer.param_groups for param in group["params"]}
-    return {device: torch.Generator(device).manual_seed(seed) for device in devices}
+def rounding_generator(seed: int, index: int, step: int, device: torch.device) -> torch.Generator:
+    """The random bits for step `step` of the weights with this index: a function of the three, so nothing has to be saved."""
+    return torch.Generator(device).manual_seed(seed_of(seed, f"rounding/{index}", step))
+
+
+def draw_bits(count: int, generator: torch.Generator) -> Tensor:
+    """`count` numbers uniform in 0..65535, int32."""
+    words = torch.empty(-(-count // DRAWS_PER_WORD), dtype=torch.int64, device=generator.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return words.view(torch.uint16)[:count].to(torch.int32)
 
 
 def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
@@ -30,8 +35,9 @@ def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
     Values that bfloat16 can hold come back as they are, among them infinity and NaN. What lies beyond its largest number is
     truncated to it. (arXiv 2010.06192)
     """
-    random_bits = torch.where(value.abs() < LARGEST, random_bits, 0)
-    bits = (value.view(torch.int32) + random_bits).bitwise_and_(-LOW_BITS)
+    bits = value.view(torch.int32)
+    room = (LARGEST_BITS - bits.bitwise_and(MAGNITUDE)).clamp_(min=0)  # up to there the sum stays finite, and rounds the same
+    bits = torch.minimum(random_bits, room).add_(bits).bitwise_and_(-LOW_BITS)
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
@@ -43,7 +49,7 @@ def copy_stochastic_(target: Tensor, source: Tensor, generator: torch.Generator)
     if target.dtype == torch.float32:
         target.copy_(source)
     elif target.dtype == torch.bfloat16:
-        random_bits = torch.randint(LOW_BITS, source.shape, generator=generator, dtype=torch.int32, device=source.device)
-        target.copy_(round_stochastic(source, random_bits))
+        source = source.contiguous()
+        target.copy_(round_stochastic(source, draw_bits(source.numel(), generator).view(source.shape)))
     else:
         raise ValueError(f"weights must be float32 or bfloat16, got {target.dtype}")

@@ -1,0 +1,55 @@
+"""How the gradient is made smaller before a step: as a whole, each tensor on its own, or by the norm of the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+Clip = Literal["global", "per_tensor", "delayed"]
+
+
+def tensor_norms(params: Sequence[Tensor]) -> list[Tensor]:
+    """The L2 norm of each gradient, accumulated in float32 whatever its dtype."""
+    return [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param in params if param.grad is not None]
+
+
+def whole_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together, from those of each."""
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return whole
+
+
+class Clipping:
+    """A largest norm and what it is the norm of; 0 does not clip.
+
+    `global` is that of the whole gradient. `per_tensor` allows each tensor as much, which is another algorithm: it changes the
+    direction of the whole. `delayed` scales the whole gradient by what its norm was at the step before, which is known before
+    the first tensor of a step is; `previous_norm` is that norm, 0 before the first step, which therefore is not clipped.
+    """
+
+    def __init__(self, mode: Clip, max_norm: float, *, device: torch.device | None = None) -> None:
+        self.mode, self.max_norm = mode, max_norm
+        self.previous_norm = torch.zeros((), dtype=torch.float32, device=device)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for the run to go on exactly."""
+        return {"previous_norm": self.previous_norm} if self.mode == "delayed" else {}
+
+    def clip_(self, params: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
+        """Scale gradients in place. For `global` they must be all there are; otherwise any part may come alone."""
+        if self.max_norm == 0:
+            return
+        if self.mode == "per_tensor":
+            for param, norm in zip(params, norms, strict=True):
+                clip_grads_with_norm_(param, self.max_norm, norm)
+        else:
+            clip_grads_with_norm_(params, self.max_norm, self.previous_norm if self.mode == "delayed" else whole_norm(norms))
+
+    def remember(self, norm: Tensor) -> None:
+        """Keep the norm of a step that was taken, for the next one."""
+        self.previous_norm.copy_(norm)
