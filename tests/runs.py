@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "optimizer": {"name": "adamw", "learning_rate": 1e-3},
     "training": {"length": "12 steps", "batch_size": 2, "precision": "fp32", "device": "cpu", "gradient_checkpointing": False},
     "ema": {"decay": 0.9},
-    "validation": {"every": "4 steps", "share": 0.2, "max_pictures": 2, "timesteps": 2},
+    "validation": {"every": "4 steps", "share": 0.2, "max_pictures": 2, "timesteps": 2, "train_pictures": 2},
     "samples": {"every": None},
     "checkpoints": {"every": "5 steps"},
     "tracking": {"log_every": "2 steps"},

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from aquatint.cli.main import run
-from aquatint.training import build
+from aquatint.training import build, results
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def calls(monkeypatch):
             made.append((name, config, arguments, options))
             return result
 
-        monkeypatch.setattr(build, name, work)
+        monkeypatch.setattr(build if name == "train_run" else results, name, work)
 
     stand_in("train_run", SimpleNamespace(state=SimpleNamespace(step=1200), folder=Path("runs/x"), exported=(Path("x.safetensors"),)))
     stand_in("sample_run", Path("sample.png"))

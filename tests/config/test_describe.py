@@ -49,6 +49,7 @@ def test_typos_anywhere_in_the_whole_key_are_understood(edits):
         ("max_train_epochs", "training.length"),
         ("data.sources.3.repeat", "data.sources.*.repeats"),
         ("wandb.project", "tracking.wandb.project"),
+        ("vae_trainig.lenght", "vae_training.length"),
     ],
 )
 def test_a_name_from_elsewhere_leads_to_the_setting(written, meant):
@@ -61,7 +62,7 @@ def test_nonsense_suggests_nothing():
 
 def test_what_other_trainers_call_a_setting_is_a_setting_here():
     assert set(OTHER_NAMES.values()) <= set(all_keys())
-    assert set(OTHER_NAMES) & {key.rpartition(".")[2] for key in all_keys()} == {"lr", "steps"}, (
+    assert set(OTHER_NAMES) & {key.rpartition(".")[2] for key in all_keys()} == {"ema_decay", "lr", "steps"}, (
         "names that lead elsewhere at the top level"
     )
 

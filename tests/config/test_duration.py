@@ -47,3 +47,10 @@ def test_steps_are_rounded_up_and_times_are_no_steps():
     assert Duration(7, "steps").in_steps(**sizes) == 7
     with pytest.raises(ValueError, match="time"):
         Duration(60, "seconds").in_steps(**sizes)
+
+
+def test_samples_are_not_rounded():
+    sizes = {"samples_per_step": 4, "samples_per_epoch": 10}
+    assert Duration(0.5, "epochs").in_samples(**sizes) == 5
+    assert Duration(9, "samples").in_samples(**sizes) == 9
+    assert Duration(2.5, "steps").in_samples(**sizes) == 10

@@ -23,8 +23,8 @@ SAME_LEVEL = {("demo", "training"), ("__main__", "cli"), ("tensor_file", "storag
 OWNERS = {  # dependency -> the modules that may import it
     "PIL": ("aquatint.data.image", "aquatint.data.focus"),
     "diffusers": ("aquatint.models.sdxl",),
-    "transformers": ("aquatint.models.sdxl",),
-    "matplotlib": ("aquatint.tracking.curves", "aquatint.data.bucket_plot"),
+    "transformers": ("aquatint.models.sdxl", "aquatint.models.judges"),
+    "matplotlib": ("aquatint.tracking.curves", "aquatint.tracking.plots", "aquatint.data.bucket_plot"),
     "pyarrow": ("aquatint.data.index", "aquatint.data.manifest", "aquatint.data.indexing", "aquatint.data.cells", "aquatint.data.sources"),
     "xxhash": ("aquatint.data",),
     "fsspec": ("aquatint.data.downloads",),
@@ -47,7 +47,8 @@ CONFIG_ENTERS = (
     *(
         f"aquatint.training.{name}"
         for name in (
-            "announce", "build", "caching", "exports", "find", "focus_points", "layout", "preflight", "prepare", "preview",
+            "adapting", "announce", "build", "caching", "evaluation", "exports", "find", "focus_points", "layout", "objectives", "plot_words", "plotting",
+            "preflight", "prepare", "preview", "process", "results", "vae_build",
         )
     ),
 )  # fmt: skip

@@ -31,7 +31,7 @@ share = st.floats(0, 1)
 shape = st.sampled_from(SHAPES)
 
 
-def test_the_known_wide_picture():
+def test_methods_7_the_known_wide_picture():
     """3000 x 2000 into 1216 x 832: resized to 1248 x 832, 16 pixels cut off at the left and at the right."""
     crop = fit((2000, 3000), (832, 1216))
     assert crop.resized_hw == (832, 1248)

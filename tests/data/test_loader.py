@@ -18,11 +18,11 @@ import torch
 
 from aquatint.data.batch import Batch
 from aquatint.data.captions import CaptionPolicy, draw_dropout, render
-from aquatint.data.loader import BatchReader, Draws, Entries, stream
+from aquatint.data.loader import BatchReader, Draws, Entries, NoiseKind, stream
 from aquatint.data.sampler import Group, Order
 from aquatint.data.samples import NO_KEY, Ragged, Samples, Words
 from aquatint.data.shards import CorruptEntry, ShardStore
-from aquatint.diffusion.noise import draw_noise
+from aquatint.diffusion.noise import draw_noise, immiscible, pyramid
 from aquatint.diffusion.timesteps import draw_timesteps
 from aquatint.errors import AquatintError, StorageError
 from aquatint.utils.seeds import generator
@@ -34,6 +34,10 @@ SEED, BATCH_SIZE, SCALING = 11, 4, 0.13025
 
 # Python 3.12 and later say this when a process with threads forks, as DataLoader does by default
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def scaled(raw: torch.Tensor) -> torch.Tensor:
+    return raw * SCALING
 
 
 def latent_key(bucket: int, number: int, view: int) -> bytes:
@@ -108,12 +112,12 @@ def fill(folder: Path) -> Entries:
                 if own == length
             }
         )
-    return Entries(latents, texts, masks, SCALING, EMPTY)
+    return Entries(latents, texts, masks, scaled, EMPTY)
 
 
 def reader_of(entries: Entries, samples: Samples | None = None, **changes: Any) -> BatchReader:
     draws = {"seed": SEED, "samples_per_step": 8, "flip_prob": 0.3, "dropout_prob": 0.4, "dropout_zeros_share": 0.5}
-    settings = {name: changes.pop(name) for name in list(changes) if name in draws}
+    settings = {name: changes.pop(name) for name in list(changes) if name in Draws.__dataclass_fields__}
     order = Order(SEED, tuple((Group(count),) for count in COUNTS), BATCH_SIZE)
     return BatchReader(entries, samples or samples_of(), order, Draws(**{**draws, **settings}), **changes)
 
@@ -194,6 +198,36 @@ def test_noise_and_timesteps_are_those_of_the_positions(reader: BatchReader) -> 
     batch = reader.read(5)
     assert torch.equal(batch.noise, draw_noise(SEED, "noise", range(20, 24), batch.noise.shape[1:]))
     assert torch.equal(batch.timesteps, draw_timesteps(SEED, range(20, 24), 8))
+
+
+def test_timesteps_follow_the_density_of_the_bucket(entries: Entries) -> None:
+    low, high = np.zeros((2, 1000))
+    low[100], high[900] = 1, 1
+    reader = reader_of(entries, densities=(low, high), spread="lattice")
+    for index in range(6):
+        assert set(reader.read(index).timesteps.tolist()) == {(100, 900)[reader.order.batch(index)[0]]}
+    evenly = tuple(np.full((2, 1000), 0.001))
+    found = reader_of(entries, densities=evenly, spread="independent").read(5).timesteps
+    assert torch.equal(found, draw_timesteps(SEED, range(20, 24), 8, evenly[0], spread="independent"))
+
+
+def test_kinds_of_noise_are_those_of_the_math_in_a_fixed_order(entries: Entries) -> None:
+    """Whose noise it is, is settled first; then patterns, then shifts of whole channels, by the picture's own brightness."""
+    plain = reader_of(entries).read(5)
+    positions, shape = range(20, 24), plain.noise.shape[1:]
+    kind = NoiseKind(offset=0.05, offset_slope=0.5, pyramid=0.3, pyramid_levels=3, perturbed=True, immiscible=True)
+    batch = reader_of(entries, noise=kind).read(5)
+    assert torch.equal(batch.latents, plain.latents)
+    expected = pyramid(immiscible(plain.latents, plain.noise), SEED, positions, 0.3, levels=3)
+    strength = (0.05 + 0.5 * plain.latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0)
+    assert torch.equal(batch.noise, expected + strength * draw_noise(SEED, "offset-noise", positions, (4, 1, 1)))
+    assert torch.equal(batch.perturbation, draw_noise(SEED, "perturbation", positions, shape))
+    assert plain.perturbation is None
+
+
+def test_noise_cannot_be_assigned_in_a_part_of_a_batch(entries: Entries) -> None:
+    with pytest.raises(ValueError, match="within a whole batch"):
+        reader_of(entries, noise=NoiseKind(immiscible=True), rank=0, world=2)
 
 
 def test_captions_are_padded_with_the_encoded_empty_text(entries: Entries) -> None:

@@ -13,7 +13,7 @@ from aquatint.config.schema import Config, dump
 from aquatint.errors import StorageError
 from aquatint.models.sdxl.load import open_base
 from aquatint.tensor_file import TensorFile, write_tensors
-from aquatint.training import tasks, trainer
+from aquatint.training import saver, tasks, trainer
 from tests.runs import rows, small_config
 
 
@@ -76,7 +76,7 @@ def test_the_export_is_the_average_in_the_official_layout_with_markers(tmp_path:
     assert run(["train", str(config)]) == 0
     folder = tmp_path / "runs" / "test"
     exported = open_base(folder / "export" / "test.safetensors")
-    assert (exported.prediction, exported.zero_terminal_snr) == ("v_prediction", True)
+    assert (exported.process.prediction, exported.process.zero_terminal_snr) == ("v_prediction", True)
     unet = exported.component("unet")
     with TensorFile(folder / "checkpoints" / "step-000002" / "ema.safetensors") as average:
         assert all(torch.equal(average.read(name), tensor.load()) for name, tensor in unet.items())
@@ -109,7 +109,7 @@ def test_failing_samples_and_a_full_disk_in_the_middle_do_not_stop_training(
 ):
     config = write_config(tmp_path, tiny_base, training={"length": "4 steps"}, checkpoints={"every": "2 steps"},
                           samples={"every": "2 steps", "prompts": ["a red circle"], "height": 64, "width": 64})  # fmt: skip
-    real = tasks.checkpoint.save
+    real = saver.checkpoint.save
 
     def full_once(folder, trained, state, **settings):
         if state.step == 2:
@@ -119,7 +119,7 @@ def test_failing_samples_and_a_full_disk_in_the_middle_do_not_stop_training(
     def broken(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tasks.checkpoint, "save", full_once)
+    monkeypatch.setattr(saver.checkpoint, "save", full_once)
     monkeypatch.setattr(tasks, "write_samples", broken)
     assert run(["train", str(config)]) == 0
     said = capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_a_full_disk_at_the_end_is_exit_5_and_the_last_checkpoint_stays(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = write_config(tmp_path, tiny_base, training={"length": "3 steps"}, checkpoints={"every": "2 steps"})
-    real = tasks.checkpoint.write_tensors
+    real = saver.checkpoint.write_tensors
 
     def full(path, *arguments, **settings):
         if "step-000003" in str(path):
@@ -140,7 +140,7 @@ def test_a_full_disk_at_the_end_is_exit_5_and_the_last_checkpoint_stays(
         return real(path, *arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.checkpoint, "write_tensors", full)
+        patch.setattr(saver.checkpoint, "write_tensors", full)
         assert run(["train", str(config)]) == 5
     assert "No space left on device" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "runs" / "test" / "checkpoints").iterdir()] == ["step-000002"]

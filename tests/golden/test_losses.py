@@ -22,6 +22,21 @@ OBJECTIVES = {
     "epsilon, min_snr": {"model": {"prediction": "epsilon", "zero_terminal_snr": False}, "diffusion": {"weighting": "min_snr"}},
     "v_prediction": {"model": {"zero_terminal_snr": False}},
     "v_prediction, zero terminal SNR, clamped_v": {"diffusion": {"weighting": "clamped_v"}},
+    "x0, zero terminal SNR, soft_min_snr": {"model": {"prediction": "x0"}, "diffusion": {"weighting": "soft_min_snr"}},
+    "edm, log_normal": {
+        "model": {"prediction": "edm", "zero_terminal_snr": False},
+        "timesteps": {"density": "log_normal", "mean": -0.4},
+    },
+    "flow, logit_normal": {
+        "model": {"prediction": "flow", "zero_terminal_snr": False},
+        "timesteps": {"density": "logit_normal", "shift": 3.0, "uniform_share": 0.1},
+    },
+    "epsilon, all kinds of noise, huber": {
+        "model": {"prediction": "epsilon", "zero_terminal_snr": False},
+        "noise": {"offset": 0.05, "pyramid": 0.3, "input_perturbation": 0.1, "immiscible": True},
+        "diffusion": {"loss": "huber", "weighting": "debiased", "normalise_weights": True},
+        "timesteps": {"resolution_noise": "tilt", "lowest": 10},
+    },
 }
 
 

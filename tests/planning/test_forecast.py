@@ -90,9 +90,10 @@ def test_work_beside_the_steps_is_counted_in_steps():
     work = work_of(settings)
     extras = {extra.name: extra for extra in plan_extras(settings, StubTracer(sdxl_spec()), SIZE, work, 60)}
     assert extras["encoding what is not in the cache"].flops == 60 * 2 * 5 * TERA
-    assert extras["each validation"].flops == 6 * 8 * 7 * TERA
+    assert extras["each validation"].flops == (2 * 6 + 16) * 8 * 7 * TERA
     assert extras["each set of sample pictures"].flops == 2 * 10 * 2 * 7 * TERA
-    assert "  each validation: 6 pictures × 8 noise levels × 7 TFLOP = 336 TFLOP, as much as 12 steps" in lines_of(settings)
+    measured = "(6 pictures × 2 (average and raw) + 16 trained ones) × 8 noise levels"
+    assert f"  each validation: {measured} × 7 TFLOP = 1,568 TFLOP, as much as 56 steps" in lines_of(settings)
     unguided = config(samples={**prompts, "guidance_scale": 1.0}, validation={"every": "never"})
     names = {extra.name: extra for extra in plan_extras(unguided, StubTracer(sdxl_spec()), SIZE, work, 60)}
     assert names["each set of sample pictures"].flops == 2 * 10 * 7 * TERA
@@ -112,7 +113,7 @@ def test_validation_measures_the_sources_for_it_if_there_are_any(apart, expected
     (each,) = [
         extra for extra in plan_extras(settings, StubTracer(sdxl_spec()), SIZE, work_of(settings), 200, apart) if "each" in extra.name
     ]
-    assert each.how.startswith(f"{expected} pictures × 8 noise levels")
+    assert each.how.startswith(f"({expected} pictures × 2 (average and raw) + 16 trained ones) × 8 noise levels")
 
 
 def test_float32_gets_no_forecast():

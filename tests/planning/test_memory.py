@@ -15,6 +15,7 @@ from aquatint.planning.memory import (
     state_parts,
     with_changes,
 )
+from aquatint.planning.schedule import plan_steps
 
 from .small import StubTracer, config, small_spec
 
@@ -34,6 +35,8 @@ def phase(memory, name):
     [
         (PURE, "adamw_bf16", (4.78, 9.56)),
         (PURE, "adamw", (4.78, 9.56)),
+        (PURE, "adamw8bit", (4.78, 4.86)),
+        (PURE, "soap", (4.78, 22.84)),
         (PURE, "adafactor", (4.78, 0.01)),
         ({"precision": "bf16_mixed"}, "adamw", (9.56, 19.13)),
         ({"precision": "fp32"}, "adafactor", (9.56, 0.01)),
@@ -46,7 +49,7 @@ def test_the_full_size_unet_weighs_what_was_measured(training, optimizer, expect
 
 
 @pytest.mark.parametrize("precision", ["bf16_pure", "fp32"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adamw8bit", "adafactor", "soap"])
 def test_weights_and_optimizer_state_are_those_of_the_real_thing(precision, optimizer):
     import torch
 
@@ -69,6 +72,14 @@ def test_the_average_counts_where_it_lives():
     assert phase(plan(), "training")["moving average"] > 9 * GIB
     assert "moving average" not in phase(plan(ema={"device": "cpu"}), "training")
     assert "moving average" not in phase(plan(ema={"enabled": False}), "training")
+
+
+def test_further_averages_count_like_the_first():
+    power = {"power_stds": [0.05, 0.1]}
+    assert phase(plan(ema=power), "training")["moving average"] == 3 * phase(plan(), "training")["moving average"]
+    assert "moving average" not in phase(plan(ema={**power, "device": "cpu"}), "training")
+    one = checkpoint_bytes(config(), sdxl_spec()) - checkpoint_bytes(config(ema={"enabled": False}), sdxl_spec())
+    assert checkpoint_bytes(config(ema=power), sdxl_spec()) == checkpoint_bytes(config(), sdxl_spec()) + 2 * one
 
 
 def test_each_phase_counts_only_what_is_there_at_that_time():
@@ -161,6 +172,17 @@ def test_the_disk_plan_counts_every_checkpoint_and_export():
     assert by_name["checkpoints"] == 4 * checkpoint_bytes(config(), sdxl_spec())
     assert by_name["exported model"] == 2 * export_bytes(config(), sdxl_spec())
     assert export_bytes(config(), sdxl_spec()) == pytest.approx(6.94e9, rel=0.01)  # what SDXL 1.0 in float16 weighs
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [("300 steps", 4), ("250 steps", 4), ("900 samples", 5), ("2 epochs", 2), ("1 sample", 1000)]
+)
+def test_the_disk_plan_counts_snapshots_of_averages(every, expected):
+    settings = config(ema={"power_stds": [0.05, 0.1], "snapshot_every": every})
+    steps = plan_steps(1000, 2, 2, settings.training.length)
+    parts = {part.name: part for part in plan_disk(settings, sdxl_spec(), 100, steps)}
+    assert parts["averages to choose from"].bytes == expected * 2 * 2 * sdxl_spec().num_parameters("unet")
+    assert "averages to choose from" not in {part.name for part in plan_disk(config(), sdxl_spec(), 100, steps)}
 
 
 def test_a_cached_picture_weighs_its_latent_and_caption():

@@ -42,7 +42,7 @@ def test_the_arithmetic_is_written_out():
 
 
 def test_a_time_cannot_be_planned():
-    with pytest.raises(ValueError, match="cannot be turned into steps"):
+    with pytest.raises(ValueError, match="cannot be turned into samples or steps"):
         plan_steps(10, 1, 1, Duration.parse("30 min"))
 
 

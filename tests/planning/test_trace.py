@@ -88,6 +88,14 @@ def test_checkpointing_keeps_less_and_accumulation_needs_more(plain):
     assert recomputed.peak < plain.peak < accumulating.peak
 
 
+def test_gradients_freed_inside_the_backward_pass_need_no_room_of_their_own():
+    settings = {**SMALL, "checkpointing": True, "size_hw": (64, 64)}
+    kept, freed = (trace_step(small_spec(), **settings, fused_backward=fused) for fused in (False, True))
+    assert (freed.activations, freed.flops) == (kept.activations, kept.flops)
+    weights = 4 * small_spec().num_parameters("unet")
+    assert kept.peak > weights > freed.peak
+
+
 def test_longer_captions_need_a_little_more(plain):
     longer = trace_step(small_spec(), **SMALL, num_tokens=3 * 77)
     assert plain.activations < longer.activations < 1.2 * plain.activations

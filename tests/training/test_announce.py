@@ -1,8 +1,11 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from aquatint.training.announce import captions_text, mix_lines
+from aquatint.models.sdxl.load import open_base
+from aquatint.training.announce import captions_text, mix_lines, objective_lines
+from aquatint.training.objectives import choose_objective, choose_process
 from tests.runs import small_config
 from tests.training.manifests import Row, layout_of, some
 
@@ -48,3 +51,35 @@ def test_of_many_captions_a_part_is_told(config, monkeypatch):
     layout = layout_of(config(), some(10))
     assert captions_text(layout).startswith("4 captions of ")
     assert captions_text(replace(layout)) == captions_text(layout)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({}, ["v_prediction, with zero terminal SNR, loss weight 0.00425 to 1"]),
+        (
+            {"diffusion": {"weighting": "min_snr"}},
+            [
+                "v_prediction, with zero terminal SNR, loss weight 0.05 to 0.832",
+                "min_snr would give pure noise, the last timestep, the weight 0: it gets 0.05",
+            ],
+        ),
+        (
+            {"diffusion": {"weighting": "learned", "loss": "huber"}, "timesteps": {"density": "cosmap"}},
+            ["v_prediction, with zero terminal SNR, huber loss, loss weight learned from the loss itself", "timesteps: density cosmap"],
+        ),
+        (
+            {"model": {"prediction": "flow", "zero_terminal_snr": False}},
+            ["rectified flow (noise less picture), loss weight 1 everywhere"],
+        ),
+        (
+            {"model": {"prediction": "epsilon", "zero_terminal_snr": False}, "noise": {"offset": 0.05}},
+            ["epsilon (the noise), without zero terminal SNR, loss weight 1 everywhere", "noise: offset 0.05"],
+        ),
+    ],
+)
+def test_what_is_learned_is_said_with_what_is_special_about_it(tmp_path, tiny_base, sections, words):
+    settings = small_config(tmp_path, tiny_base, **sections)
+    base = open_base(tiny_base)
+    parts = SimpleNamespace(objective=choose_objective(settings, base))
+    assert list(objective_lines(settings, choose_process(settings, base), parts)) == words

@@ -7,17 +7,20 @@ import torch
 
 from aquatint import storage
 from aquatint.errors import ResumeError, StorageError
+from aquatint.optim.clipping import Clipping, tensor_norms, whole_norm
+from aquatint.optim.create import create_optimizer
+from aquatint.optim.fused import FusedBackward
 from aquatint.training import checkpoint
 from aquatint.training.checkpoint import Trained
 from aquatint.training.ema import Ema
 from aquatint.training.state import TrainState
 
 
-def trained(seed: int = 0, *, steps: int = 0) -> Trained:
+def trained(seed: int = 0, *, steps: int = 0, power_stds: tuple[float, ...] = ()) -> Trained:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    ema = Ema(dict(model.named_parameters()), decay=0.9, warmup=False, device=None)
+    ema = Ema(dict(model.named_parameters()), decay=0.9, warmup=False, device=None, power_stds=power_stds)
     for step in range(steps):
         model(torch.randn(5, 4)).square().mean().backward()
         optimizer.step()
@@ -29,7 +32,7 @@ def trained(seed: int = 0, *, steps: int = 0) -> Trained:
 def everything(parts: Trained) -> dict[str, torch.Tensor]:
     assert parts.ema is not None
     weights = {f"weights/{name}": p.detach().clone() for name, p in parts.model.named_parameters()}
-    average = {f"ema/{name}": tensor.clone() for name, tensor in parts.ema.average.items()}
+    average = {f"{file}/{name}": tensor.clone() for file, table in parts.ema.tables().items() for name, tensor in table.items()}
     return weights | average | {f"optimizer/{k}": v.clone() for k, v in checkpoint.optimizer_tensors(parts).items()}
 
 
@@ -38,13 +41,67 @@ def save(folder: Path, parts: Trained, step: int, keep: int = 2) -> Path:
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path):
-    before, fresh = trained(0, steps=3), trained(1)
+    before, fresh = trained(0, steps=3, power_stds=(0.05, 0.1)), trained(1, power_stds=(0.05, 0.1))
     path = save(tmp_path, before, 3)
     state = checkpoint.restore(path, fresh, plan_digest="plan")
     assert state == TrainState(step=3, samples_seen=12)
     expected, found = everything(before), everything(fresh)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) and expected[name].dtype == found[name].dtype for name in expected)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, trained(steps=1), TrainState(step=step), plan_digest="plan", keep=2, best_step=min(step, 2))
+    assert [checkpoint.step_of(path) for path in checkpoint.sorted_checkpoints(tmp_path)] == [4, 3, 2]
+    checkpoint.save(tmp_path, trained(steps=1), TrainState(step=5), plan_digest="plan", keep=2, best_step=5)
+    assert [checkpoint.step_of(path) for path in checkpoint.sorted_checkpoints(tmp_path)] == [5, 4]
+
+
+OPTIMIZERS = {
+    "adamw": ({}, torch.float32), "adamw_bf16": ({}, torch.bfloat16), "adamw_bf16 kahan": ({"rounding": "kahan"}, torch.bfloat16),
+    "adamw8bit": ({}, torch.bfloat16), "adafactor": ({}, torch.bfloat16), "soap": ({"precond_every": 2}, torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("fused", [False, True], ids=["after", "inside"])
+def test_a_restored_run_goes_on_bit_for_bit_with_every_optimizer(tmp_path: Path, name: str, fused: bool):
+    settings, dtype = OPTIMIZERS[name]
+
+    def start(seed: int) -> tuple[Trained, FusedBackward | None]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)).to(dtype)
+        optimizer = create_optimizer(name.split()[0], model.named_parameters(), seed=0, learning_rate=1e-2, weight_decay=0.1, **settings)
+        clipping = Clipping("delayed", 0.05)
+        return Trained(model, optimizer, None, None, clipping), FusedBackward(optimizer, clipping) if fused else None
+
+    def steps(parts: Trained, inside: FusedBackward | None, numbers: range) -> None:
+        for step in numbers:
+            pictures = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+            if inside is not None:
+                inside.arm()
+            parts.model(pictures).float().square().mean().backward()
+            if inside is not None:
+                inside.finish()
+                continue
+            params = list(parts.model.parameters())
+            norms = tensor_norms(params)
+            parts.clipping.clip_(params, norms)
+            parts.clipping.remember(whole_norm(norms))
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+
+    straight, resumed = start(0), start(1)
+    steps(*straight, range(4))
+    checkpoint.restore(save(tmp_path, straight[0], 4), resumed[0], plan_digest="plan")
+    steps(*straight, range(4, 8))
+    steps(*resumed, range(4, 8))
+    tables, again = straight[0].tables(), resumed[0].tables()
+    assert tables.keys() == again.keys() == {"unet", "optimizer", "clipping"}
+    for file, table in tables.items():
+        assert table.keys() == again[file].keys()
+        assert all(torch.equal(value, again[file][key]) and value.dtype == again[file][key].dtype for key, value in table.items())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path):
@@ -95,6 +152,14 @@ def test_other_pictures_are_refused_unless_accepted(tmp_path: Path):
     with pytest.raises(ResumeError, match="pictures"):
         checkpoint.restore(path, trained(), plan_digest="other")
     assert checkpoint.restore(path, trained(), plan_digest="other", accept_changes=True).step == 1
+
+
+def test_an_average_that_was_not_kept_from_the_start_is_named(tmp_path: Path):
+    path = save(tmp_path, trained(steps=1, power_stds=(0.05,)), 1)
+    assert checkpoint.restore(path, trained(), plan_digest="plan").step == 1
+    with pytest.raises(ResumeError, match=r"does not hold the average `power-0\.100`") as caught:
+        checkpoint.restore(path, trained(power_stds=(0.05, 0.1)), plan_digest="plan")
+    assert "another name" in caught.value.hint
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path):

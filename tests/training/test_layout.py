@@ -103,6 +103,24 @@ def test_no_more_pictures_are_measured_than_wanted_and_none_that_nobody_asks_for
     assert not off.held_out_is_trained
 
 
+def test_some_trained_pictures_are_measured_beside_those_held_out(config):
+    """Those of the lowest digests, whatever the others are; none for regularization, and none twice."""
+    validation = {"share": 0.2, "train_pictures": 3}
+    layout = layout_of(config({}, {"role": "regularization"}, validation=validation), some(40) + some(10, 100, source=1))
+    own = [name for name in names(layout.train) if name in names_of(some(40))]
+    assert len(names(layout.known)) == 3
+    assert set(names(layout.known)) == set(sorted(own, key=lambda name: digest(int(name.removesuffix(".png"))))[:3])
+    assert not set(names(layout.known)) & set(names(layout.held_out))
+    assert layout.known.samples.loss_weights.tolist() == [1.0] * 3
+
+
+def test_no_trained_picture_is_measured_twice_or_when_nothing_is_measured(config):
+    """Without held-out pictures, trained ones stand in for them."""
+    assert len(layout_of(config(validation={"share": 0.0, "train_pictures": 3}), some(40)).known.samples) == 0
+    assert len(layout_of(config(validation={"every": None, "train_pictures": 3}), some(40)).known.samples) == 0
+    assert len(layout_of(config(validation={"share": 0.2, "train_pictures": 0}), some(40)).known.samples) == 0
+
+
 def test_a_picture_that_is_too_small_is_left_out_with_the_reason(config):
     small = [Row(500, (20, 20)), Row(501, (24, 16))]
     layout = layout_of(config(buckets={"max_upscale": 2.0}), some(20) + small)

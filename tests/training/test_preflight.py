@@ -7,6 +7,7 @@ import pytest
 
 from aquatint.config.load import read_draft
 from aquatint.config.schema import Config
+from aquatint.models.sdxl.process import Process
 from aquatint.training import preflight as module
 from aquatint.training.preflight import Inspection, checkpoint_bytes, gib, inspect, preflight
 
@@ -39,7 +40,7 @@ def v_base(tmp_path_factory):
     from aquatint.demo.model import write_tiny_base
 
     path = tmp_path_factory.mktemp("v") / "v.safetensors"
-    write_tiny_base(path, seed=0, prediction="v_prediction", zero_terminal_snr=True)
+    write_tiny_base(path, seed=0, process=Process("v_prediction", zero_terminal_snr=True))
     return path
 
 

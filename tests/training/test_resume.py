@@ -18,7 +18,14 @@ def test_the_same_config_has_no_changes():
 
 
 @pytest.mark.parametrize(
-    "section", [{"tracking": {"log_every": "3 steps"}}, {"training": {"length": "2000 steps"}}, {"loader": {"workers": 0}}]
+    "section",
+    [
+        {"tracking": {"log_every": "3 steps"}},
+        {"training": {"length": "2000 steps"}},
+        {"loader": {"workers": 0}},
+        {"vae_training": {"l1_weight": 2}},
+        {"ema": {"snapshot_every": "3 steps"}},
+    ],
 )
 def test_what_does_not_touch_the_training_may_change(section: dict):
     assert changes(config(), config(**section)) == []

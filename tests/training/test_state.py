@@ -1,3 +1,5 @@
+import json
+
 from aquatint.config.duration import Duration
 from aquatint.training.state import Every, TrainState
 
@@ -18,8 +20,23 @@ def test_a_bad_step_uses_its_samples_but_not_its_loss():
 
 
 def test_the_state_survives_json():
-    state = TrainState(step=3, samples_seen=7, loss_sum=0.1 + 0.2, loss_count=2)
-    assert TrainState(**state.as_json()) == state
+    parts = [("t000_249", 0.1), ("t000_249", 0.2), ("64x96", 0.7)]
+    state = TrainState(step=3, samples_seen=7, loss_sum=0.1 + 0.2, loss_count=2).advance(samples=1, loss=0.3, finite=True, parts=parts)
+    again = TrainState(**json.loads(json.dumps(state.as_json())))
+    assert again == state
+    assert list(again.part_sums) == list(state.part_sums), "in the same order, so that checkpoints are the same too"
+
+
+def test_a_state_from_before_losses_were_told_apart_can_be_read():
+    assert TrainState(step=3, samples_seen=7, bad_steps=0, loss_sum=0.5, loss_count=1).mean_losses() == {"loss": 0.5}
+
+
+def test_losses_of_parts_are_summed_by_name_until_they_are_logged():
+    first = TrainState().advance(samples=2, loss=1.0, finite=True, parts=[("a", 1.0), ("b", 5.0)])
+    second = first.advance(samples=2, loss=3.0, finite=True, parts=[("a", 2.0)])
+    assert second.mean_losses() == {"loss": 2.0, "loss_a": 1.5, "loss_b": 5.0}
+    assert first.mean_losses() == {"loss": 1.0, "loss_a": 1.0, "loss_b": 5.0}, "a state is a value"
+    assert second.logged() == TrainState(step=2, samples_seen=4)
 
 
 def test_due_at_multiples_of_steps():

@@ -5,8 +5,12 @@ import torch
 
 from aquatint.data.batch import Batch
 from aquatint.diffusion.schedule import sdxl_schedule
-from aquatint.training import step
-from aquatint.training.step import Objective, Parts, gradient_norm, train_step
+from aquatint.optim.clipping import Clipping
+from aquatint.optim.create import create_optimizer
+from aquatint.optim.fused import FusedBackward
+from aquatint.training import objective
+from aquatint.training.objective import Objective
+from aquatint.training.step import Parts, gradient_norm, train_step
 
 
 class Linear(torch.nn.Module):
@@ -19,7 +23,14 @@ class Linear(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def simple_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "predict", lambda unet, noisy, *conditions: unet.weight * noisy)
+    monkeypatch.setattr(objective, "predict", lambda unet, noisy, *conditions: unet.weight * noisy)
+
+
+def fused_parts(clipping: Clipping, **settings) -> Parts:
+    """With steps inside the backward pass."""
+    ordinary = parts(**settings)
+    optimizer = create_optimizer("adafactor", ordinary.unet.named_parameters(), seed=0, learning_rate=0.0, weight_decay=0.0)
+    return replace(ordinary, optimizer=optimizer, clipping=clipping, fused=FusedBackward(optimizer, clipping))
 
 
 def parts(*, clip_norm: float = 0.0, weights: torch.Tensor | None = None, learning_rate: float = 0.1) -> Parts:
@@ -33,7 +44,7 @@ def parts(*, clip_norm: float = 0.0, weights: torch.Tensor | None = None, learni
         objective=Objective(schedule, "v_prediction", weights),
         learning_rate=lambda step: learning_rate,
         autocast=False,
-        clip_norm=clip_norm,
+        clipping=Clipping("global", clip_norm),
         device=torch.device("cpu"),
     )
 
@@ -149,6 +160,31 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float):
     assert broken.unet.weight.item() == 0.5
     assert broken.unet.weight.grad is None
     assert train_step(broken, [batch(2)], 1).finite
+
+
+@pytest.mark.parametrize("mode", ["per_tensor", "delayed"])
+def test_a_step_inside_the_backward_pass_is_the_step_after_it(mode: str):
+    inside, after = fused_parts(Clipping(mode, 1e-3)), fused_parts(Clipping(mode, 1e-3))
+    after.fused.remove()
+    after.fused = None
+    for step in range(4):
+        batches = [batch(1, seed=2 * step), batch(2, seed=2 * step + 1)]
+        assert train_step(inside, batches, step) == train_step(after, batches, step)
+        assert torch.equal(inside.unet.weight, after.unet.weight)
+        assert inside.unet.weight.grad is None
+    assert inside.unet.weight != 0.5
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_with_steps_inside_the_backward_pass_either():
+    broken = fused_parts(Clipping("delayed", 1.0))
+    good, bad = batch(2), batch(2)
+    bad.latents[0, 0, 0, 0] = float("nan")
+    report = train_step(broken, [good, bad], 0)
+    assert not report.finite
+    assert broken.unet.weight.item() == 0.5
+    assert broken.unet.weight.grad is None
+    assert broken.clipping.previous_norm == 0
+    assert train_step(broken, [good], 1).finite
 
 
 def test_the_gradient_norm_of_half_precision_gradients_is_exact():

@@ -8,9 +8,11 @@ import pytest
 from aquatint.config.duration import Duration
 from aquatint.errors import NumericalError, StorageError
 from aquatint.training import trainer
+from aquatint.training.breakdown import Breakdown
+from aquatint.training.saver import MAX_FAILED_SAVES, Saver
 from aquatint.training.state import Every, TrainState
 from aquatint.training.step import StepReport
-from aquatint.training.tasks import MAX_FAILED_SAVES, Saver, log_action
+from aquatint.training.tasks import log_action
 from aquatint.training.trainer import Run, StopRequest, Task, graceful_stop, train
 
 
@@ -81,11 +83,45 @@ def test_a_logged_row_is_the_mean_since_the_last_one_and_skips_bad_steps(losses:
     assert "left out" in recorder.notes[0]
 
 
+def test_a_logged_row_tells_the_losses_apart(monkeypatch: pytest.MonkeyPatch):
+    """A step has a sample at t = 100 and one at t = 900; over the two steps of a row, 1 and 2 at the one, 5 and 9 at the other."""
+
+    def fake_step(parts, batches, step) -> StepReport:
+        losses = (float(step + 1), 4.0 * step + 5)
+        return StepReport(1.0, 1.0, 0.1, True, 2, ("a", "b"), losses, timesteps=(100, 900), sources=(0, 1), sizes_hw=((8, 8), (8, 8)))
+
+    monkeypatch.setattr(trainer, "train_step", fake_step)
+    recorder = Recorder()
+    run = run_of(recorder, steps=4, tasks=(Task(Every(Duration(2, "steps"), 1), log_action(recorder)),))
+    run.breakdown = Breakdown(by_size=False, by_source=True)
+    train(run, StopRequest())
+    assert {name: value for name, value in recorder.rows[0].items() if name.startswith("loss")} == {
+        "loss": 1.0, "loss_t000_249": 1.5, "loss_t750_999": 7.0, "loss_source_0": 1.5, "loss_source_1": 7.0,
+    }  # fmt: skip
+    assert recorder.rows[1]["loss_source_0"] == 3.5
+
+
+def test_a_run_that_has_ended_early_is_not_trained_and_not_stopped(losses: list[float]):
+    run = run_of(Recorder(), steps=10)
+    run.has_ended = lambda: True
+    result = train(run, StopRequest())
+    assert (result.state.step, result.stopped) == (0, False)
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run(losses: list[float]):
     losses += [1.0, float("nan"), float("nan"), float("nan")]
     with pytest.raises(NumericalError, match="3 steps in a row, last at step 4") as caught:
         train(run_of(Recorder(), steps=10), StopRequest())
     assert caught.value.exit_code == 4
+
+
+def test_a_run_may_have_a_step_and_a_learning_rate_of_its_own(losses: list[float]):
+    run = run_of(Recorder(), steps=4)
+    run.step = lambda parts, batches, step: StepReport(float("nan"), 1.0, 0.1, False, 2, ("a",))
+    run.rate_setting = "vae_training.learning_rate"
+    with pytest.raises(NumericalError) as caught:
+        train(run, StopRequest())
+    assert "lower vae_training.learning_rate" in caught.value.hint
 
 
 def test_bad_steps_apart_from_each_other_do_not(losses: list[float]):

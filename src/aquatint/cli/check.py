@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from aquatint.cli.arguments import ConfigFile, Overrides, inspect_all, refuse_problems
+from aquatint.errors import UsageError
+
+if TYPE_CHECKING:
+    from aquatint.config.schema import Config
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -19,9 +26,55 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     refuse_problems(draft, inspection)
 
 
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Say whether it fits into so much memory, such as 12GiB.")] = None,
+    fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Find the settings of least cost that fit into so much memory.")] = None,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="With --fit: write them as a complete config.")] = None,
+) -> None:
     """Show the steps, the memory by part and the disk space of a run, before it starts."""
     from aquatint.config.load import load_config
-    from aquatint.planning.report import plan_text
 
-    typer.echo(plan_text(load_config(config, overrides or [])), nl=False)
+    refuse_odd_options(vram, fit, write)
+    loaded = load_config(config, overrides or [])
+    if fit is not None:
+        show_fit(loaded, fit, write)
+    elif vram is not None:
+        from aquatint.planning.fit_report import parse_size, vram_text
+        from aquatint.planning.report import find_spec
+
+        typer.echo(vram_text(loaded, find_spec(loaded)[0], parse_size(vram)), nl=False)
+    else:
+        from aquatint.planning.report import plan_text
+
+        typer.echo(plan_text(loaded), nl=False)
+
+
+def refuse_odd_options(vram: str | None, fit: str | None, write: Path | None) -> None:
+    """Raises UsageError for options of `plan` that do not go together, and for a file that cannot be written."""
+    if vram is not None and fit is not None:
+        raise UsageError(
+            "--vram and --fit are two questions", hint="leave out --vram: what --fit finds says how much is left of the memory"
+        )
+    if write is None:
+        return
+    if fit is None:
+        raise UsageError("--write does nothing without --fit", hint="say for how much memory: --fit 12GiB --write run-12gb.toml")
+    if write.suffix != ".toml":
+        raise UsageError(f"{write} does not end in .toml", hint="choose a name such as run-12gb.toml")
+    if write.exists():
+        raise UsageError(f"{write} exists already", hint="choose another name, or move it away; it is not overwritten")
+
+
+def show_fit(config: Config, size: str, write: Path | None) -> None:
+    """Prints what makes a run fit, and writes it as a config if asked to. Raises UsageError if nothing does."""
+    from aquatint.planning.fit_report import parse_size, plan_to_fit
+    from aquatint.planning.report import find_spec
+    from aquatint.storage import write_text
+
+    text, fitted = plan_to_fit(config, find_spec(config)[0], parse_size(size))
+    typer.echo(text, nl=False)
+    if write is not None:
+        write_text(write, fitted)
+        typer.echo(f"wrote {write}")

@@ -10,7 +10,7 @@ import typer
 
 from aquatint.errors import UsageError
 
-PRESETS = "full-12gb, full-16gb, full-24gb, full-80gb"
+PRESETS = "lora-8gb, full-12gb, full-16gb, full-24gb, full-80gb"
 UNKNOWN_GPU_GB = 24
 
 
@@ -82,7 +82,7 @@ def choose_preset(preset: str | None, vram: float | None) -> Any:
     chosen = preset_for(round(vram))
     if chosen is None:
         raise UsageError(
-            f"a GPU with {vram:g} GB is too small to train all of SDXL",
-            hint=f"12 GB are needed; `aquatint init --preset {preset_names()[0]}` writes that config anyway",
+            f"a GPU with {vram:g} GB is too small to train SDXL",
+            hint=f"8 GB are needed for a LoRA, and 12 for the whole model; `aquatint init --preset {preset_names()[0]}` writes that config anyway",
         )
     return chosen

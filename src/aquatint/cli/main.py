@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from aquatint import __version__
-from aquatint.cli import cache, check, config, data, importing, init, runs, tools
+from aquatint.cli import cache, check, config, data, ema, evaluate, importing, init, plot, runs, tools, vae
 from aquatint.errors import AquatintError, Interrupted, render
 
 FORCED = 130  # what shells report for a program that Ctrl-C ended
@@ -23,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (init.init, check.check, check.plan, runs.train, runs.sample, runs.export, tools.demo, tools.doctor):
+for verb in (
+    init.init, check.check, check.plan, plot.plot, runs.train, runs.sample, runs.export,
+    evaluate.evaluate, vae.train_vae, ema.ema, tools.demo, tools.doctor,
+):  # fmt: skip
     app.command()(verb)
 app.command("import")(importing.import_)
 for name, group in (("data", data.app), ("cache", cache.app), ("config", config.app)):

@@ -44,7 +44,7 @@ def sample(
 ) -> None:
     """Make pictures with a run's model."""
     from aquatint.config.load import load_config
-    from aquatint.training.build import sample_run
+    from aquatint.training.results import sample_run
 
     overrides = [word for word in prompts or [] if _OVERRIDE.match(word)]
     words = [word for word in prompts or [] if word not in overrides]
@@ -68,7 +68,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a model that other programs load."""
     from aquatint.config.load import load_config
-    from aquatint.training.build import export_run
+    from aquatint.training.results import export_run
 
     for path in export_run(load_config(config, overrides or []), checkpoint, output, tuple(one.value for one in formats or [])):
         typer.echo(f"exported {path}")

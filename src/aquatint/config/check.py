@@ -7,22 +7,20 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from aquatint.config.adapter_rules import ADAPTER_REMARKS, ADAPTER_RULES, has_adapter
+from aquatint.config.diffusion_rules import DIFFUSION_REMARKS, DIFFUSION_RULES
 from aquatint.config.duration import Duration
-from aquatint.config.schema import BucketsSection, CaptionsSection, Config, SourceSection
+from aquatint.config.ema_rules import EMA_REMARKS, EMA_RULES
+from aquatint.config.evaluation_rules import EVALUATION_REMARKS, EVALUATION_RULES
+from aquatint.config.optimizer_rules import OPTIMIZER_REMARKS, OPTIMIZER_RULES
+from aquatint.config.rule import Rule
+from aquatint.config.schema import BucketsSection, CaptionsSection, Config, LearningRateSection, SourceSection
+from aquatint.config.vae_rules import VAE_RULES
+from aquatint.config.validation_rules import VALIDATION_RULES
 
 MIN_BUCKET_AREA = 0.85  # of `resolution` squared; buckets below are not made
 TABLE_ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".json")
 NOTABLE_LEARNING_RATE = 1e-4  # full fine-tuning of SDXL is done at 4e-7 … 1e-5, with thousands of pictures per step up to 1e-4
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`applies` is asked only if all settings in `keys` are valid; `message` and `hint` may hold `{c.section.setting}`."""
-
-    keys: tuple[str, ...]
-    applies: Callable[[Config], bool]
-    message: str
-    hint: str
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,14 @@ def _is_zero(key: str) -> Callable[[Config], bool]:
 
 
 RULES = (
-    # what the model predicts
-    Rule(
-        ("model.zero_terminal_snr", "model.prediction"),
-        lambda c: c.model.zero_terminal_snr is True and c.model.prediction == "epsilon",
-        "`model.zero_terminal_snr` cannot go with an epsilon model",
-        "its last timestep is pure noise, and from that no picture can be worked out by predicting the noise: "
-        'set `model.prediction = "v_prediction"`, or `model.zero_terminal_snr = false`',
-    ),
     # precision
     Rule(
         ("training.precision", "optimizer.name"),
         lambda c: c.training.precision == "bf16_pure" and c.optimizer.name == "adamw",
         '`training.precision = "bf16_pure"` cannot go with the optimizer "adamw"',
         "bf16 weights swallow most of its small updates, so the model would hardly learn: "
-        'set `optimizer.name = "adamw_bf16"` or `"adafactor"` (they round so that nothing is lost), or `training.precision = "bf16_mixed"`',
+        'set `optimizer.name = "adamw_bf16"`, `"adamw8bit"` or `"adafactor"` (they round so that nothing is lost), '
+        'or `training.precision = "bf16_mixed"`',
     ),
     Rule(
         ("optimizer.name", "training.precision"),
@@ -211,19 +202,6 @@ RULES = (
         "`captions.tag_drop_prob = 1` drops every tag of every caption",
         "every caption would be empty: set it to 0.1 for some variety, or set `captions.keep_first`",
     ),
-    # loss
-    Rule(
-        ("diffusion.gamma", "diffusion.weighting"),
-        lambda c: c.diffusion.weighting == "none" and c.diffusion.gamma != 5.0,
-        '`diffusion.gamma` does nothing with `diffusion.weighting = "none"`',
-        'it belongs to "min_snr" and "clamped_v": set one of them, or leave out `diffusion.gamma`',
-    ),
-    Rule(
-        ("diffusion.weight_floor", "diffusion.weighting"),
-        lambda c: c.diffusion.weighting != "min_snr" and c.diffusion.weight_floor != 0.05,
-        '`diffusion.weight_floor` does nothing with `diffusion.weighting = "{c.diffusion.weighting}"`',
-        'it belongs to "min_snr": set that, or leave out `diffusion.weight_floor`',
-    ),
     # time
     Rule(
         ("training.length",),
@@ -271,22 +249,21 @@ RULES = (
     ),
     Rule(
         ("lr.end_factor", "lr.schedule"),
-        lambda c: c.lr.schedule == "constant" and c.lr.end_factor != 0,
-        '`lr.end_factor` does nothing with `lr.schedule = "constant"`',
-        'a constant one ends where it began: set `lr.schedule = "cosine"` or `"linear"`, or leave out `lr.end_factor`',
-    ),
-    # samples
-    Rule(
-        ("samples.guidance_rescale", "samples.guidance_scale"),
-        lambda c: c.samples.guidance_scale == 1 and c.samples.guidance_rescale > 0,
-        "`samples.guidance_rescale` does nothing with `samples.guidance_scale = 1`",
-        "1 turns guidance off, so there is nothing to pull back: set `samples.guidance_scale = 5`, or leave out `samples.guidance_rescale`",
+        lambda c: c.lr.schedule in ("constant", "inverse_sqrt") and c.lr.end_factor != 0,
+        '`lr.end_factor` does nothing with `lr.schedule = "{c.lr.schedule}"`',
+        'that one aims at no end: set `lr.schedule = "cosine"` or `"linear"`, or leave out `lr.end_factor`',
     ),
     Rule(
-        ("samples.negative_prompt", "samples.guidance_scale"),
-        lambda c: c.samples.guidance_scale == 1 and bool(c.samples.negative_prompt),
-        "`samples.negative_prompt` does nothing with `samples.guidance_scale = 1`",
-        "1 turns guidance off: set `samples.guidance_scale = 5`, or leave out `samples.negative_prompt`",
+        ("lr.reference", "lr.schedule"),
+        lambda c: c.lr.schedule != "inverse_sqrt" and c.lr.reference != LearningRateSection().reference,
+        '`lr.reference` does nothing with `lr.schedule = "{c.lr.schedule}"`',
+        'it belongs to "inverse_sqrt": set that, or leave out `lr.reference`',
+    ),
+    Rule(
+        ("lr.reference",),
+        lambda c: c.lr.reference.unit == "seconds" or c.lr.reference.value == 0,
+        '`lr.reference` ("{c.lr.reference}") must be a number of steps, samples or epochs',
+        'a run should be the same on any machine: write for example "1000 steps"',
     ),
     # cache
     Rule(
@@ -345,13 +322,20 @@ RULES = (
         "`run.folder` lies inside a folder of `data.sources`",
         "the sample pictures of this run would become training pictures of the next: choose a folder outside",
     ),
+    *ADAPTER_RULES,
+    *DIFFUSION_RULES,
+    *EMA_RULES,
+    *OPTIMIZER_RULES,
+    *EVALUATION_RULES,
+    *VAE_RULES,
+    *VALIDATION_RULES,
 )
 """Contradictions: a config with one of them is refused."""
 
 REMARKS = (
     Rule(
-        ("optimizer.learning_rate",),
-        lambda c: c.optimizer.learning_rate > NOTABLE_LEARNING_RATE,
+        ("optimizer.learning_rate", "adapter.kind"),
+        lambda c: not has_adapter(c) and c.optimizer.learning_rate > NOTABLE_LEARNING_RATE,
         "`optimizer.learning_rate = {c.optimizer.learning_rate:g}` is far above what full fine-tuning of SDXL stands",
         "1e-6 to 1e-5 is usual",
     ),
@@ -368,28 +352,10 @@ REMARKS = (
         "`crop.variants = 4` gives real variety for four times the cache",
     ),
     Rule(
-        ("diffusion.weight_floor", "diffusion.weighting", "model.zero_terminal_snr"),
-        lambda c: c.diffusion.weighting == "min_snr" and c.diffusion.weight_floor == 0 and c.model.zero_terminal_snr is not False,
-        "min_snr with `diffusion.weight_floor = 0` never trains the last timestep of a model with zero terminal SNR",
-        '`diffusion.weighting = "clamped_v"` does',
-    ),
-    Rule(
-        ("ema.decay", "ema.warmup", "training.length"),
-        lambda c: c.ema.enabled and not c.ema.warmup and _kept_by_ema(c) > 0.5,
-        "without `ema.warmup`, the average will still be mostly the base model when the run ends",
-        "set `ema.warmup = true`, or a lower `ema.decay`",
-    ),
-    Rule(
         ("captions.dropout_prob",),
         lambda c: c.captions.dropout_prob > 0.5,
         "`captions.dropout_prob = {c.captions.dropout_prob:g}` hides most captions",
         "0.1 is usual",
-    ),
-    Rule(
-        ("samples.height", "samples.width", "buckets.resolution"),
-        lambda c: bool(c.samples.prompts) and not 0.5 <= c.samples.height * c.samples.width / c.buckets.resolution**2 <= 2,
-        "samples of {c.samples.width}x{c.samples.height} are not of the size of the training pictures (`buckets.resolution`)",
-        "a model draws best at the size that it is trained at",
     ),
     Rule(
         ("cache.folder", "data.sources"),
@@ -397,6 +363,11 @@ REMARKS = (
         "`cache.folder` lies inside a folder of `data.sources`",
         "it works, but keeps your pictures and our files apart no longer",
     ),
+    *ADAPTER_REMARKS,
+    *DIFFUSION_REMARKS,
+    *EMA_REMARKS,
+    *OPTIMIZER_REMARKS,
+    *EVALUATION_REMARKS,
 )
 """Worth a look, but allowed."""
 
@@ -465,12 +436,6 @@ def _longer(config: Config, first: Duration, second: Duration) -> bool:
         return first.value > second.value
     samples = _samples(config, first), _samples(config, second)
     return samples[0] is not None and samples[1] is not None and samples[0] > samples[1]
-
-
-def _kept_by_ema(config: Config) -> float:
-    """The base model's share of the average at the end of the run; 0 if the number of steps is not known."""
-    length = config.training.length
-    return config.ema.decay**length.value if length.unit == "steps" else 0.0
 
 
 def _repeats_source(config: Config) -> bool:

@@ -14,13 +14,18 @@ ANY_INDEX = "*"  # stands for the number in `data.sources.0.path`
 OPTIMIZER = "optimizer"
 
 _ALIKE, _VERY_ALIKE, _MUCH_LESS = 0.66, 0.9, 0.15  # likeness of two keys is at most 1.25
+_OTHER_RUN = "vae_training"  # its settings are named like the main run's, which are meant far more often
 
 OTHER_NAMES = {
     "batch": "training.batch_size", "caption_dropout_rate": "captions.dropout_prob", "caption_ext": "data.sources.*.caption_extensions",
     "caption_tag_dropout_rate": "captions.tag_drop_prob", "concepts": "data.sources", "dataset": "data.sources",
     "ema_decay": "ema.decay", "epochs": "training.length", "flip_aug": "crop.flip_prob",
     "gradient_accumulation_steps": "training.accumulation_steps", "image_dir": "data.sources.*.path",
-    "keep_tokens": "captions.keep_first", "logging_dir": "run.folder", "lr": "optimizer.learning_rate", "lr_scheduler": "lr.schedule",
+    "debiased_estimation_loss": "diffusion.weighting", "ip_noise_gamma": "noise.input_perturbation",
+    "keep_tokens": "captions.keep_first", "logging_dir": "run.folder",
+    "loss_type": "diffusion.loss", "lr": "optimizer.learning_rate", "lr_scheduler": "lr.schedule",
+    "max_timestep": "timesteps.highest", "min_timestep": "timesteps.lowest", "multires_noise_discount": "noise.pyramid",
+    "noise_offset": "noise.offset", "timestep_sampling": "timesteps.density", "weighting_scheme": "timesteps.density",
     "lr_warmup_steps": "lr.warmup", "max_data_loader_n_workers": "loader.workers", "max_grad_norm": "training.clip_norm",
     "max_train_epochs": "training.length", "max_train_steps": "training.length", "min_snr_gamma": "diffusion.gamma",
     "mixed_precision": "training.precision", "num_epochs": "training.length", "num_repeats": "data.sources.*.repeats",
@@ -92,7 +97,7 @@ def table(optimizer: str = "adamw") -> Table:
         if _is_section(node):
             sections[key] = node.get("description", "")
         else:
-            settings[key] = Setting(key, node.get("description", ""), kind_of(node), node.get("default"), required, node)
+            settings[key] = Setting(key, node.get("description", ""), kind_of(node), node.get("default"), required, _without_null(node))
     return Table(settings, sections)
 
 
@@ -136,6 +141,12 @@ def _one_variant(union: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_section(node: Mapping[str, Any]) -> bool:
     return "properties" in node or "properties" in _resolve(node.get("items") or {})
+
+
+def _without_null(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A setting that may also be left open, as if it had to be something."""
+    branches = [branch for branch in _branches(node) if branch.get("type") != "null"]
+    return node if "expected" in node or len(branches) != 1 else {**node, **branches[0]}
 
 
 def _branches(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -206,12 +217,13 @@ def suggest(key: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def _likeness(section: str, leaf: str, key: str, known: Iterable[str]) -> dict[str, float]:
-    """How alike each known key is: as a whole, in its last name, and a bonus for the same section."""
+    """How alike each known key is: as a whole, in its last name, a bonus for the same section, a malus for another run's."""
     whole, last = difflib.SequenceMatcher(b=key, autojunk=False), difflib.SequenceMatcher(b=leaf, autojunk=False)
     scores = {}
     for other in known:
         other_section, _, other_leaf = other.rpartition(".")
         whole.set_seq1(other)
         last.set_seq1(other_leaf)
-        scores[other] = (whole.ratio() + last.ratio()) / 2 + (0.25 if section == other_section else 0.0)
+        of_another_run = other_section == _OTHER_RUN and not section.startswith("vae")
+        scores[other] = (whole.ratio() + last.ratio()) / 2 + (0.25 if section == other_section else -0.25 if of_another_run else 0.0)
     return scores

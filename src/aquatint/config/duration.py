@@ -53,10 +53,13 @@ class Duration:
 
     def in_steps(self, *, samples_per_step: int, samples_per_epoch: int) -> int:
         """The number of optimizer steps that reach this duration (rounded up). Raises ValueError for seconds."""
+        return int(-(-self.in_samples(samples_per_step=samples_per_step, samples_per_epoch=samples_per_epoch) // samples_per_step))
+
+    def in_samples(self, *, samples_per_step: int, samples_per_epoch: int) -> float:
+        """The number of samples that pass in this duration. Raises ValueError for seconds."""
         if self.unit == "seconds":
-            raise ValueError("a time cannot be turned into steps")
-        samples = {"steps": samples_per_step, "epochs": samples_per_epoch, "samples": 1}[self.unit] * self.value
-        return int(-(-samples // samples_per_step))
+            raise ValueError("a time cannot be turned into samples or steps")
+        return {"steps": samples_per_step, "epochs": samples_per_epoch, "samples": 1}[self.unit] * self.value
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:

@@ -17,6 +17,10 @@ Color = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", json_schema_extra={"e
 LOCATION = "location"  # marks settings that are a path or a URL
 Location = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"}), LOCATION]
 Ending = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_.-]+$", json_schema_extra={"expected": 'a file ending such as ".txt"'})]
+PowerStds = Annotated[
+    tuple[Annotated[float, Field(ge=0.01, le=0.25)], ...],
+    Field(json_schema_extra={"expected": "a list of numbers from 0.01 to 0.25, such as [0.05, 0.1]"}),
+]
 Every = Annotated[
     Duration | None,
     BeforeValidator(lambda value: None if value == NEVER else value),
@@ -52,10 +56,18 @@ class ModelSection(Section):
     """The model to start from: one `.safetensors` file as ComfyUI, A1111 and Forge use it, or a diffusers folder."""
     vae: Path | None = None
     """Another autoencoder than the one in `base`: a `.safetensors` file or a diffusers folder."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the UNet predicts. `auto` keeps what the base model was trained for."""
+    prediction: Literal["auto", "epsilon", "v_prediction", "x0", "edm", "flow"] = "auto"
+    """What the UNet predicts. `auto` keeps what the base model was trained for; see docs/diffusion.md for the others."""
     zero_terminal_snr: Literal["auto"] | bool = "auto"
-    """Whether the last timestep is pure noise (arXiv 2305.08891). Needs v_prediction. `auto` keeps the base's own."""
+    """Whether the last timestep is pure noise (arXiv 2305.08891). Needs v_prediction or x0. `auto` keeps the base's own."""
+    noise_levels: Literal["auto", "sdxl", "edm"] = "auto"
+    """`sdxl`: its 1000 timesteps. `edm`: even in the logarithm of the noise, which the UNet is told (CosXL, Playground)."""
+    edm_sigmas: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0, le=1e5)]] | None = None
+    """Least and most noise of `noise_levels = "edm"`; the base's own if not set, or else 0.002 and 80."""
+    retarget: bool = False
+    """Go on although the base says that it was made for another prediction: it has to learn anew, for thousands of steps."""
+    standardise_latents: bool = False
+    """Train on latents with mean 0 and deviation 1 per channel; exports carry that in their own autoencoder. For long runs only."""
 
 
 class SourceSection(Section):
@@ -216,12 +228,81 @@ class LoaderSection(Section):
 
 
 class DiffusionSection(Section):
-    weighting: Literal["auto", "none", "min_snr", "clamped_v"] = "auto"
+    weighting: Literal[
+        "auto", "none", "min_snr", "soft_min_snr", "clamped_v", "truncated", "debiased", "p2", "cosmap", "sigma_sqrt", "like_epsilon",
+        "like_v", "learned", "adaptive",
+    ] = "auto"  # fmt: skip
     """Loss weight by noise level. `auto` is clamped_v with zero terminal SNR, and none without."""
     gamma: Annotated[float, Field(gt=0.0)] = 5.0
-    """Where min_snr (arXiv 2303.09556) and clamped_v stop to grow with the SNR."""
+    """Where min_snr (arXiv 2303.09556), soft_min_snr and clamped_v stop to grow with the SNR."""
     weight_floor: Share = 0.05
-    """Least weight of min_snr with zero terminal SNR, where the last timestep would otherwise have weight 0."""
+    """Least weight of any timestep, where a weighting gives 0 to pure noise, which then would never be trained."""
+    p2_k: Annotated[float, Field(gt=0.0)] = 1.0
+    """k of p2: SNR / (k + SNR)^gamma on the error of the picture (arXiv 2204.00227)."""
+    p2_gamma: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0
+    """gamma of p2."""
+    normalise_weights: bool = False
+    """Scale the weights to a mean of 1 over the timesteps that are drawn, so that learning rates compare between weightings."""
+    uncertainty_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-2
+    """Learning rate of the 128 numbers that `weighting = "learned"` learns (arXiv 2312.02696)."""
+    adaptive_ranges: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Ranges of timesteps that `weighting = "adaptive"` keeps a mean loss of. Must divide 1000."""
+    adaptive_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    """Share of a range's mean loss that is kept at each sample in it."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """What is made of the difference. `huber` and `smooth_l1` forgive outliers (arXiv 2403.16728)."""
+    huber_c: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Where huber and smooth_l1 bend, at the last timestep."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How that changes from 1 at the first timestep to `huber_c` at the last; `constant` is `huber_c` at all."""
+    huber_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """Multiplies it at every timestep."""
+    mask_prior_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Outside of the masks, stay with what the base model predicts, this strongly. Keeps the base in memory a second time."""
+
+
+class NoiseSection(Section):
+    offset: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Offset noise: so strong a shift of whole channels. 0.0357 is common, 0.05 is SDXL's own last stage."""
+    offset_slope: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
+    """Added to `offset` for each unit that a channel's mean differs from 0."""
+    pyramid: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Pyramid noise: so much of each next, coarser level. 0.3 is common."""
+    pyramid_levels: Annotated[int, Field(ge=1, le=10)] = 6
+    """Most levels of pyramid noise."""
+    input_perturbation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Noise the input so much more than the target says (arXiv 2301.11706). 0.1 is the paper's."""
+    immiscible: bool = False
+    """In each batch, give each picture the noise that suits it best (arXiv 2406.12303). Does little below 8 pictures a batch."""
+
+
+class TimestepsSection(Section):
+    density: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal", "cosine"] = "uniform"
+    """How often each noise level is trained: over the timestep, or, for log_normal and cosine, over the noise itself."""
+    mean: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
+    """Centre of logit_normal (of the timestep's logit) or log_normal (of the noise's logarithm; EDM: -1.2, EDM2: -0.4)."""
+    std: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    """Width of logit_normal or log_normal."""
+    mode_scale: Annotated[float, Field(ge=-1.0, le=1.75)] = 1.29
+    """Of `mode` (arXiv 2403.03206)."""
+    shift: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    """Draw noise so many times as strong (arXiv 2403.03206, equation 23). For the densities over the timestep."""
+    resolution_noise: Literal["none", "tilt", "reindex"] = "none"
+    """Larger pictures need more noise. `tilt` trains it more often; `reindex` redefines timesteps, which no other program knows."""
+    lowest: Annotated[int, Field(ge=0, le=999)] = 0
+    """First timestep that is trained."""
+    highest: Annotated[int, Field(ge=0, le=999)] = 999
+    """Last timestep that is trained."""
+    uniform_share: Share = 0.0
+    """Share of the draws that are uniform all the same, so that no level starves."""
+    terminal_prob: Literal["auto"] | Share = "auto"
+    """Share of the draws at `highest`, beside the density's own. `auto`: 0.01 with zero terminal SNR, 0 without."""
+    spread: Literal["strata", "lattice", "independent"] = "strata"
+    """How the samples of an optimizer step share out the levels: one in each part, equally far apart, or by chance."""
+    importance: bool = False
+    """Draw levels with a large loss more often and weigh them less (arXiv 2102.09672): less noise in the gradient, the same mean."""
+    importance_ranges: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Ranges of timesteps that share a record of their losses. Must divide 1000."""
 
 
 class AdamWSection(Section):
@@ -239,7 +320,9 @@ class AdamWSection(Section):
 
 class AdamWBF16Section(Section):
     name: Literal["adamw_bf16"]
-    """AdamW for bf16 weights: float32 math, stochastic rounding of the weights and of both moments (6 bytes a parameter in all)."""
+    """AdamW for bf16 weights: float32 math, weights and moments rounded so that nothing is lost (6 bytes a parameter in all)."""
+    rounding: Literal["stochastic", "kahan"] = "stochastic"
+    """Of the weights. `kahan` rounds to the nearest and keeps what that leaves, for 2 more bytes a parameter: far less noise."""
     learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-5
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -263,19 +346,70 @@ class AdafactorSection(Section):
     """Second-moment decay at step t is 1 - t**-decay_power."""
 
 
+class AdamW8bitSection(Section):
+    name: Literal["adamw8bit"]
+    """AdamW with moments of 8 bits (arXiv 2110.02861), for float32 or bf16 weights (4 bytes a parameter in all with bf16)."""
+    learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay; norms and biases are left out."""
+
+
+class SoapSection(Section):
+    name: Literal["soap"]
+    """SOAP (arXiv 2409.11321): Adam in a rotated basis. Large state and much arithmetic; for large batches."""
+    learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.95, 0.95)
+    """Decay of the first and second moment; the second is that of the bases too."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay; norms and biases are left out."""
+    max_precond_dim: Annotated[int, Field(ge=0)] = 1280
+    """Longest side of a matrix that is rotated. On SDXL, 1280 takes 13 GiB beside the moments, 2048 takes 18, 10240 takes 83."""
+    precond_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two refreshes of a tensor's bases; tensors take turns."""
+
+
+class AdapterSection(Section):
+    kind: Literal["none", "lora", "dora"] = "none"
+    """Train small matrices beside the frozen UNet: LoRA (arXiv 2106.09685), or DoRA (arXiv 2402.09353). `none` trains the UNet itself."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """How many directions each layer can learn. Files and memory grow with it."""
+    alpha: Annotated[float, Field(gt=0.0, le=4096.0)] | None = None
+    """What is learned counts alpha / rank times. As large as the rank if not set, which makes that 1."""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead (arXiv 2312.03732), so that a learning rate suits every rank. Files tell programs an alpha that fits."""
+    targets: Literal["attention", "transformer", "all"] = "transformer"
+    """`attention` alone; `transformer`: every linear layer of the transformers, as sd-scripts does; `all`: convolutions too (LoCon)."""
+    start_from: Path | None = None
+    """Go on from this LoRA, in kohya's or diffusers' names, instead of from nothing. Its rank, layers and kind must be those set here."""
+
+
 def _optimizer_name(value: Any) -> Any:
     return value.get("name", "adamw") if isinstance(value, dict) else getattr(value, "name", None)
 
 
 Optimizer = Annotated[
-    Annotated[AdamWSection, Tag("adamw")] | Annotated[AdamWBF16Section, Tag("adamw_bf16")] | Annotated[AdafactorSection, Tag("adafactor")],
+    Annotated[AdamWSection, Tag("adamw")]
+    | Annotated[AdamWBF16Section, Tag("adamw_bf16")]
+    | Annotated[AdamW8bitSection, Tag("adamw8bit")]
+    | Annotated[AdafactorSection, Tag("adafactor")]
+    | Annotated[SoapSection, Tag("soap")],
     Discriminator(_optimizer_name),
 ]
 
 
 class LearningRateSection(Section):
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    """Shape of the learning rate after the warm-up. `inverse_sqrt` needs no end: a long run can be stopped or made longer at will."""
+    reference: Duration = Duration(1000, "steps")
+    """Where inverse_sqrt begins to fall: from there on it is the peak times sqrt(reference / time)."""
     warmup: Duration = Duration(0, "steps")
     """How long the learning rate takes to rise to its peak."""
     end_factor: Share = 0.0
@@ -294,7 +428,11 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: far less memory, about a quarter more time."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Largest norm of the gradient; 0 does not clip."""
+    clip: Literal["global", "per_tensor", "delayed"] = "global"
+    """Of the whole gradient, or of each tensor's; `delayed` goes by the whole norm of the step before, and leaves the first one."""
+    fused_backward: bool = False
+    """Step each tensor in the backward pass and free its gradient: 4 GB less. A gradient that is not finite then comes too late for some."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 10
     """The run stops after this many steps in a row with a loss or gradient that is not finite. Such steps change no weight."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -306,10 +444,16 @@ class EmaSection(Section):
     """Keep a float32 moving average of the weights; it is what gets sampled and exported."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
     """Share of the average that is kept at each step."""
+    half_life: Duration | None = None
+    """Or: after so much training, weights count half as much in the average, such as "20000 samples", whatever the batch."""
     warmup: bool = True
     """Start with a short memory: decay min(decay, (1 + t) / (10 + t)), so that short runs profit too."""
     device: Literal["model", "cpu"] = "model"
-    """Where the average lives. `cpu` saves 10 GB of GPU memory."""
+    """Where the averages live. `cpu` saves 10 GB of GPU memory for each."""
+    power_stds: PowerStds = ()
+    """Keep further averages, each over this share of the run so far (arXiv 2312.02696); `aquatint ema` makes others of them afterwards."""
+    snapshot_every: Duration = Duration(1000, "steps")
+    """How often those are written to the run's `ema` folder, and at its end: 5 GB each time for each of `power_stds`."""
 
 
 class ValidationSection(Section):
@@ -321,6 +465,14 @@ class ValidationSection(Section):
     """No more pictures than this are measured (and held out)."""
     timesteps: Annotated[int, Field(ge=1, le=100)] = 8
     """How many noise levels each picture is measured at; the terminal one is added with zero terminal SNR."""
+    train_pictures: Annotated[int, Field(ge=0)] = 16
+    """So many pictures of the training set are measured in the same way: the gap shows what is only known by heart."""
+    overfit_after: Annotated[int, Field(ge=1)] = 3
+    """Warn when the held-out loss was above its best so many times in a row, while that of trained pictures went on falling."""
+    stop_after: Annotated[int, Field(ge=0)] = 0
+    """End the run when the held-out loss has not improved so many times in a row. 0 never does."""
+    worst: Annotated[int, Field(ge=0, le=1000)] = 20
+    """So many pictures with the highest loss, for their noise levels, are named in `worst.txt`."""
 
 
 class SamplesSection(Section):
@@ -330,12 +482,22 @@ class SamplesSection(Section):
     """One picture is made of each."""
     negative_prompt: str | None = None
     """What to stay away from. Without it the unconditional input is zeros; with it, also with "", it is encoded text."""
-    height: Annotated[int, Field(ge=32, multiple_of=32)] = 1024
-    """Height of the pictures, in pixels."""
-    width: Annotated[int, Field(ge=32, multiple_of=32)] = 1024
+    height: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    """Height of the pictures, in pixels. Without height and width, they have the shape that is trained most."""
+    width: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
     """Width of the pictures, in pixels."""
+    sampler: Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"] = "euler"
+    """How the steps are taken. `heun` asks the UNet twice per step."""
+    grid: Literal["auto", "trailing", "leading", "sgm_uniform", "karras", "exponential"] = "auto"
+    """Where the steps lie. `auto` is trailing, and karras for EDM noise levels."""
+    sigma_max: Literal["exact", "novelai", "comfyui", "diffusers"] = "exact"
+    """Where sampling starts with zero terminal SNR: from infinity, or from what another program puts in its place."""
+    shift: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    """Spend the steps at noise so many times as strong. For flow models, as in the node ModelSamplingSD3."""
+    weights: Literal["average", "raw"] = "average"
+    """Which weights draw: the moving average, if there is one, or the trained ones."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 28
-    """Sampling steps (Euler, trailing timesteps)."""
+    """Sampling steps."""
     guidance_scale: Annotated[float, Field(ge=0.0)] = 5.0
     """Classifier-free guidance; 1 turns it off."""
     guidance_rescale: Share = 0.0
@@ -344,11 +506,30 @@ class SamplesSection(Section):
     """The same noise is used at every event."""
 
 
+class EvaluationSection(Section):
+    clip: Path | None = None
+    """A CLIP folder as transformers saves it, for the CLIP score and CMMD; ViT-L/14 at 336 pixels is what CMMD is defined with."""
+    dinov2: Path | None = None
+    """A DINOv2 folder as transformers saves it, for FD-DINOv2."""
+    inception: Path | None = None
+    """The Inception network of FID as a `.safetensors` file, for FID; docs/evaluation.md says how to make it."""
+    source: Literal["held_out", "train"] = "held_out"
+    """Whose captions are drawn, and with which pictures the result is compared: those held out, or trained ones."""
+    pictures: Annotated[int, Field(ge=2)] = 1000
+    """How many pictures are made, one for each caption. FD-DINOv2 and CMMD need 1,000 or more, FID 10,000."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """How many pictures are made and measured at once."""
+
+
 class CheckpointsSection(Section):
     every: Duration = Duration(500, "steps")
     """How often the run is saved so that it can go on exactly. It is always saved at its end and on Ctrl-C."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many checkpoints stay; older ones of this run are removed after a newer one is safely on disk."""
+    keep_best: bool = False
+    """Save each step with a lower held-out loss than any before, and keep the last of them beside the newest."""
+    background: Literal["auto"] | bool = "auto"
+    """Write during training, from a copy in memory of what is saved: `auto` on GPUs if half the free memory will do, `true` if it fits."""
 
 
 class ExportSection(Section):
@@ -364,6 +545,10 @@ class ExportSection(Section):
     """Author in the file's metadata."""
     license: str | None = None
     """Licence in the file's metadata."""
+    lora_names: Annotated[tuple[Literal["kohya", "diffusers"], ...], Field(min_length=1)] = ("kohya",)
+    """Names in the file of an adapter: those of `kohya` (for ComfyUI, A1111 and Forge), of `diffusers`, or a file of each."""
+    merged: bool = False
+    """Of an adapter: write the whole model too, with the adapter in its weights, as `single_file` and `diffusers_folder` say."""
 
 
 class WandbSection(Section):
@@ -386,6 +571,41 @@ class TrackingSection(Section):
     """Weights & Biases."""
 
 
+class VaeTrainingSection(Section):
+    length: Duration = Duration(2000, "steps")
+    """When `aquatint train-vae` ends, counted from its beginning, also after a resume."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Crops per step."""
+    resolution: Annotated[int, Field(ge=32, multiple_of=32)] = 256
+    """Side of the square crops, in pixels. Pictures with a shorter side than this are left out: nothing is enlarged."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-5
+    """Learning rate of the decoder (AdamW without weight decay), and of the discriminator."""
+    warmup: Duration = Duration(100, "steps")
+    """How long the learning rate takes to rise to that."""
+    precision: Literal["bf16_mixed", "fp32"] = "bf16_mixed"
+    """bf16_mixed: float32 weights, bf16 math. fp32: no half precision."""
+    l1_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 1.0
+    """Weight of the mean absolute difference, of values from -1 to 1."""
+    mse_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Weight of the mean squared difference."""
+    perceptual_model: Path | None = None
+    """VGG16's weights as a `.safetensors` file; docs/vae.md says how to make it."""
+    perceptual_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Weight of the perceptual difference (LPIPS, arXiv 1801.03924), which keeps texture crisp. Needs `perceptual_model`; 1 is usual."""
+    adversarial_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Weight of a discriminator that is trained along (arXiv 2012.09841). It brings detail, and can invent some; 0.5 is usual."""
+    adversarial_start: Duration = Duration(500, "steps")
+    """When the discriminator joins in."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Share of the decoder's moving average that is kept at each step. The average is what is exported."""
+    validation_every: Every = Duration(500, "steps")
+    """How often held-out pictures are measured. "never" leaves the first and the last step."""
+    samples_every: Every = Duration(500, "steps")
+    """How often a sheet of held-out pictures is made: the original, decoded as before, decoded as now."""
+    checkpoints_every: Duration = Duration(500, "steps")
+    """How often it is saved so that it can go on exactly. It is always saved at its end and on Ctrl-C."""
+
+
 class Config(Section):
     """A whole run. `aquatint init` writes a commented one."""
 
@@ -406,7 +626,13 @@ class Config(Section):
     loader: LoaderSection = LoaderSection()
     """Reading batches ahead."""
     diffusion: DiffusionSection = DiffusionSection()
-    """Noise levels and loss weights."""
+    """The loss and its weights."""
+    noise: NoiseSection = NoiseSection()
+    """What the noise is like."""
+    timesteps: TimestepsSection = TimestepsSection()
+    """How often each noise level is trained."""
+    adapter: AdapterSection = AdapterSection()
+    """Training a LoRA instead of the whole UNet."""
     optimizer: Optimizer = AdamWSection()
     """The optimizer; each has its own settings."""
     lr: LearningRateSection = LearningRateSection()
@@ -419,12 +645,16 @@ class Config(Section):
     """Loss on pictures that are not trained."""
     samples: SamplesSection = SamplesSection()
     """Pictures made during the run."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """How good the pictures of a model are: `aquatint evaluate`, with encoders of yours."""
     checkpoints: CheckpointsSection = CheckpointsSection()
     """Saving, so that the run can go on."""
     export: ExportSection = ExportSection()
     """The finished model."""
     tracking: TrackingSection = TrackingSection()
     """Logs."""
+    vae_training: VaeTrainingSection = VaeTrainingSection()
+    """Training the autoencoder's decoder, which is a run of its own: `aquatint train-vae`."""
 
 
 class _SchemaGenerator(GenerateJsonSchema):

@@ -59,7 +59,7 @@ def load_preset(name: str) -> Preset:
         _, mark, comment = rows[line - 1].partition("  # ")
         if mark:
             reasons[".".join(map(str, path))] = comment
-    return Preset(name, _vram_of(name), "\n".join(header), dict(_flatten(tomllib.loads(text))), reasons)
+    return Preset(name, _vram_of(name), "\n".join(header), dict(flatten(tomllib.loads(text))), reasons)
 
 
 def preset_for(vram_gb: float) -> Preset | None:
@@ -68,14 +68,14 @@ def preset_for(vram_gb: float) -> Preset | None:
     return load_preset(fitting[-1]) if fitting else None
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for index, item in enumerate(value):
-                yield from _flatten(item, f"{key}.{index}.")
+                yield from flatten(item, f"{key}.{index}.")
         else:
             yield key, value
 

@@ -20,7 +20,7 @@ _EXAMPLES = {
 _OTHER_VALUES = {  # what other trainers call a choice
     "gpu": "cuda", "v": "v_prediction", "vpred": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "noise": "epsilon",
     "bf16": "bf16_mixed", "full_bf16": "bf16_pure", "no": "fp32", "fp16": "float16", "half": "float16", "danbooru": "tags",
-    "adam": "adamw", "adamw8bit": "adamw_bf16", "min_snr_gamma": "min_snr",
+    "adam": "adamw", "min_snr_gamma": "min_snr",
 }  # fmt: skip
 _FIRST_IN_SECTION = {"model": "model.base", "data": "data.sources"}
 

@@ -29,6 +29,7 @@ class Batch:
     sources: tuple[int, ...]
     masks: torch.Tensor | None = None  # (B, 1, h, w) float32 in 0..1
     captions: tuple[str | None, ...] | None = None
+    perturbation: torch.Tensor | None = None  # (B, 4, h, w) float32: other noise, for input perturbation
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device; the copy of pinned memory goes on while the CPU does something else."""

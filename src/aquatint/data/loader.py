@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import active_children
@@ -25,8 +25,8 @@ from aquatint.data.engines import how_it_ended
 from aquatint.data.sampler import Order
 from aquatint.data.samples import Samples
 from aquatint.data.shards import ShardStore
-from aquatint.diffusion.noise import draw_noise
-from aquatint.diffusion.timesteps import draw_timesteps
+from aquatint.diffusion.noise import adaptive_strength, draw_noise, draw_offset, immiscible, offset, pyramid
+from aquatint.diffusion.timesteps import Probabilities, Spread, draw_timesteps
 from aquatint.errors import AquatintError
 from aquatint.utils.seeds import generator
 
@@ -41,24 +41,64 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NoiseKind:
+    """What is done to plain noise: see `diffusion.noise`. `perturbed`: other noise comes along, for the input alone."""
+
+    offset: float = 0.0
+    offset_slope: float = 0.0
+    pyramid: float = 0.0
+    pyramid_levels: int = 0
+    perturbed: bool = False
+    immiscible: bool = False
+
+
+@dataclass(frozen=True)
 class Draws:
-    """What is random about a sample. `samples_per_step` is the number of samples of an optimizer step, which share out the timesteps."""
+    """What is random about a sample. `samples_per_step` is the number of samples of an optimizer step, which share out the timesteps.
+
+    `densities` says how often each timestep is drawn, by bucket; without it all are alike.
+    """
 
     seed: int
     samples_per_step: int
     flip_prob: float = 0.0
     dropout_prob: float = 0.0
     dropout_zeros_share: float = 0.0
+    noise: NoiseKind = NoiseKind()
+    spread: Spread = "strata"
+    densities: tuple[Probabilities, ...] | None = None
+
+    def timesteps(self, positions: Sequence[int], bucket: int) -> torch.Tensor:
+        """The timesteps (B,) of samples of one bucket."""
+        probabilities = None if self.densities is None else self.densities[bucket]
+        return draw_timesteps(self.seed, positions, self.samples_per_step, probabilities, spread=self.spread)
+
+    def noises(self, positions: Sequence[int], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The noise of samples with these scaled latents (B, 4, h, w), and that of the input alone, if there is any."""
+        _, channels, height, width = latents.shape
+        shape = (channels, height, width)
+        kind, noise = self.noise, draw_noise(self.seed, "noise", positions, shape)
+        if kind.immiscible:
+            noise = immiscible(latents, noise)
+        if kind.pyramid:
+            noise = pyramid(noise, self.seed, positions, kind.pyramid, levels=kind.pyramid_levels)
+        if kind.offset or kind.offset_slope:
+            strength = adaptive_strength(latents, kind.offset, kind.offset_slope)
+            noise = offset(noise, draw_offset(self.seed, positions, channels), strength)
+        return noise, draw_noise(self.seed, "perturbation", positions, shape) if kind.perturbed else None
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Reads cached entries into batches. `empty_text_key` is that of the encoded empty text. Picklable: workers have a copy each."""
+    """Reads cached entries into batches. Picklable: workers have a copy each.
+
+    `scaling` makes raw latents those of the UNet; `empty_text_key` is the key of the encoded empty text.
+    """
 
     latents: ShardStore
     texts: ShardStore
     masks: ShardStore | None
-    scaling_factor: float
+    scaling: Callable[[torch.Tensor], torch.Tensor]
     empty_text_key: bytes
     mask_floor: float = 0.0
 
@@ -66,7 +106,9 @@ class Entries:
         """Pictures of one shape as they are, for validation: first view, first text, mean latents; no noise, timesteps 0."""
         choices = [Choice(row, 0, samples.text_of[row][0], "keep") for row in rows]
         mean, _ = self.read_latents(samples, choices)
-        batch = self.batch(samples, choices, range(len(rows)), mean, torch.zeros_like(mean), torch.zeros(len(rows), dtype=torch.int64))
+        batch = self.batch(
+            samples, choices, range(len(rows)), self.scaling(mean), torch.zeros_like(mean), torch.zeros(len(rows), dtype=torch.int64)
+        )
         return self.with_texts(batch, samples, choices)
 
     def read_latents(self, samples: Samples, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,10 +126,10 @@ class Entries:
         noise: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> Batch:
-        """The batch without its texts. Latents are unscaled (B, 4, h, w)."""
+        """The batch without its texts. Latents are scaled (B, 4, h, w)."""
         rows = [choice.row for choice in choices]
         return Batch(
-            latents=latents * self.scaling_factor,
+            latents=latents,
             noise=noise,
             timesteps=timesteps,
             prompt_embeds=None,
@@ -146,6 +188,8 @@ class BatchReader:
             raise ValueError("the order is for other buckets than the samples have")
         if order.batch_size % world:
             raise ValueError(f"a batch of {order.batch_size} cannot be shared by {world} processes alike")
+        if draws.noise.immiscible and world > 1:
+            raise ValueError("noise is assigned within a whole batch: a process that reads a share of it cannot do so")
         self.entries, self.samples, self.order, self.draws = entries, samples, order, draws
         self.policies, self.drop_probs = policies, drop_probs
         self.rank, self.world = rank, world
@@ -162,9 +206,10 @@ class BatchReader:
         _, channels, height, width = mean.shape
         shape = (channels, height, width)
         eps = draw_noise(self.draws.seed, "latent", positions, shape)
-        noise = draw_noise(self.draws.seed, "noise", positions, shape)
-        timesteps = draw_timesteps(self.draws.seed, positions, self.draws.samples_per_step)
-        batch = self.entries.batch(self.samples, choices, positions, mean + std * eps, noise, timesteps)
+        latents = self.entries.scaling(mean + std * eps)
+        noise, perturbation = self.draws.noises(positions, latents)
+        batch = self.entries.batch(self.samples, choices, positions, latents, noise, self.draws.timesteps(positions, bucket))
+        batch = replace(batch, perturbation=perturbation)
         if self.samples.captions is not None:
             return replace(batch, captions=tuple(map(self._render, choices, positions)))
         return self.entries.with_texts(batch, self.samples, choices)

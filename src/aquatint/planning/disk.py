@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 
 from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.planning.memory import DTYPE_BYTES, Part, gib, state_parts
+from aquatint.planning.schedule import StepPlan, count
 from aquatint.planning.shapes import largest_bucket
 from aquatint.planning.trace import PX_PER_LATENT, TOKENS
+from aquatint.planning.trained import num_trained
 
 
 def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
@@ -21,6 +23,16 @@ def export_bytes(config: Config, spec: ModelSpec) -> int:
     """One exported model. The parts that are not trained are taken as float16, which most bases are."""
     others = sum(spec.num_parameters(component) for component in ("vae", "text_encoder", "text_encoder_2"))
     return spec.num_parameters("unet") * DTYPE_BYTES[config.export.dtype] + others * DTYPE_BYTES["float16"]
+
+
+def exported_part(config: Config, spec: ModelSpec) -> Part:
+    """Everything that is exported at the end of a run: models, or the files of an adapter, with models if it is merged too."""
+    section = config.export
+    models = section.single_file + section.diffusers_folder
+    if config.adapter.kind == "none":
+        return Part("exported model", export_bytes(config, spec) * models, section.dtype)
+    files = num_trained(config, spec) * DTYPE_BYTES[section.dtype] * len(section.lora_names)
+    return Part("exported adapter", files + export_bytes(config, spec) * models * section.merged, section.dtype)
 
 
 def views_per_picture(config: Config) -> int:
@@ -38,12 +50,30 @@ def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     return views_per_picture(config) * latent + texts * text * DTYPE_BYTES[config.cache.text_dtype]
 
 
-def plan_disk(config: Config, spec: ModelSpec, num_pictures: int) -> tuple[Part, ...]:
-    """What ends up on disk, checkpoints counted with the one that is being written before an old one goes."""
-    one, keep = checkpoint_bytes(config, spec), config.checkpoints.keep
-    exports = config.export.single_file + config.export.diffusers_folder
+def snapshot_bytes(config: Config, spec: ModelSpec) -> int:
+    """One snapshot of the power averages: of a UNet what changed, of an adapter all of it."""
+    dtype = "float16" if config.adapter.kind == "none" else "float32"
+    return num_trained(config, spec) * DTYPE_BYTES[dtype] * len(config.ema.power_stds)
+
+
+def num_snapshots(config: Config, steps: StepPlan) -> int:
+    """How often the power averages are written: at every multiple, and at the end."""
+    lengths = {"samples_per_step": steps.samples_per_step, "samples_per_epoch": steps.samples_per_epoch}
+    times = ceil(steps.samples / config.ema.snapshot_every.in_samples(**lengths))
+    return min(steps.steps, times) if config.ema.power_stds else 0
+
+
+def plan_disk(config: Config, spec: ModelSpec, num_pictures: int, steps: StepPlan | None = None) -> tuple[Part, ...]:
+    """What ends up on disk, checkpoints counted with the one that is being written before an old one goes.
+
+    Without `steps`, which say how many there are, snapshots of averages are left out.
+    """
+    one, keep = checkpoint_bytes(config, spec), config.checkpoints.keep + config.checkpoints.keep_best
+    snapshots, each = num_snapshots(config, steps) if steps else 0, snapshot_bytes(config, spec)
+    averages = (Part("averages to choose from", each * snapshots, f"{count(snapshots, 'snapshot')} of {gib(each)}"),) if snapshots else ()
     return (
         Part("checkpoints", one * (keep + 1), f"{gib(one)} each, {keep} kept and one more while it is written"),
-        Part("exported model", export_bytes(config, spec) * exports, config.export.dtype),
+        *averages,
+        exported_part(config, spec),
         Part("cache", cache_bytes_per_picture(config, spec) * num_pictures, f"at most, for {num_pictures:,} pictures not encoded before"),
     )

@@ -13,9 +13,10 @@ from typing import Any
 from aquatint.config.schema import Config
 from aquatint.data.buckets import MIN_AREA_SHARE
 from aquatint.planning.disk import views_per_picture
-from aquatint.planning.memory import Tracer, makes_samples, weight_dtype
+from aquatint.planning.memory import Tracer, makes_samples
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number
 from aquatint.planning.shapes import largest_bucket
+from aquatint.planning.trained import unet_dtype
 from aquatint.tracking.files import read_rows
 
 TERA = 1e12
@@ -103,13 +104,19 @@ def plan_extras(config: Config, tracer: Tracer, size_hw: tuple[int, int], work: 
     extras = [Extra("encoding what is not in the cache", what, views * encode)]
     if config.validation.every is not None:
         held_out, levels = validation_pictures(config, num_pictures, apart), config.validation.timesteps
-        how = f"{count(held_out, 'picture')} × {count(levels, 'noise level')} × {tflop(work.forward)}"
-        extras.append(Extra("each validation", how, held_out * levels * work.forward))
+        known = config.validation.train_pictures if apart or config.validation.share else 0
+        pictures = held_out * (2 if config.ema.enabled else 1) + known
+        twice = " × 2 (average and raw)" if config.ema.enabled else ""
+        beside = f" + {known} trained ones" if known else ""
+        how = f"({count(held_out, 'picture')}{twice}{beside}) × {count(levels, 'noise level')} × {tflop(work.forward)}"
+        extras.append(Extra("each validation", how, pictures * levels * work.forward))
     if makes_samples(config):
         section = config.samples
         flops, passes = tracer.denoise(config).flops, 2 if section.guidance_scale != 1 else 1
         both = " × 2 (with and without the prompt)" if passes == 2 else ""
-        how = f"{count(len(section.prompts), 'picture')} × {count(section.steps, 'step')}{both} × {tflop(flops)}, in {weight_dtype(config)}"
+        if section.sampler == "heun":
+            passes, both = 2 * passes, f"{both} × 2 (heun)"
+        how = f"{count(len(section.prompts), 'picture')} × {count(section.steps, 'step')}{both} × {tflop(flops)}, in {unet_dtype(config)}"
         extras.append(Extra("each set of sample pictures", how, len(section.prompts) * section.steps * passes * flops))
     return extras
 

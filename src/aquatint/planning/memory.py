@@ -1,20 +1,23 @@
 """What a run holds in memory at once, from the config and the shapes of the networks alone: no weights, no GPU.
 
-Weights, optimizer state and average are sums over shapes. Activations come from a pass of the real networks on tensors
-without memory (see `trace`). What stays out: the driver and the libraries (half a GiB to one), and what the allocator
-cannot use; the plan says so.
+Weights, optimizer state and average are sums over shapes. Gradients and activations come from a pass of the real networks on
+tensors without memory (see `trace`). On a GPU, what stays out is the driver and the libraries (half a GiB to one), and what the
+allocator cannot use; with `training.device = "cpu"` it is the program itself. Both are added as a number of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
-from aquatint.planning.shapes import largest_bucket
+from aquatint.optim.sizes import state_bytes
+from aquatint.planning.shapes import largest_bucket, sample_size
+from aquatint.planning.trained import adapter_spec, num_trained, trained_shapes, unet_dtype, weight_dtype
 
 if TYPE_CHECKING:
     from aquatint.planning.trace import PassCost, StepCost
@@ -24,7 +27,12 @@ GIB = 1 << 30
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE_BATCH = 8  # prompts that are sampled at once
-OUTSIDE_BYTES = 1.5 * GIB  # driver, libraries, and room that the allocator cannot use: a guess on the safe side
+OUTSIDE_BYTES = 3 * GIB // 2  # driver, libraries, and room that the allocator cannot use: a guess on the safe side
+PROCESS_BYTES = GIB // 2  # of main memory: Python, torch, diffusers and transformers, loaded
+UPDATE_BYTES = {  # of temporary tensors while a weight is stepped on a GPU, per element: with weights in bfloat16, and in float32
+    "adamw": (0, 0), "adamw_bf16": (26, 16), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (26, 24),
+}  # fmt: skip
+KAHAN_BYTES = 34
 CARD_GIB = (8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 
 
@@ -51,19 +59,29 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The phases of a run, of which the largest decides. `size_hw` is the largest bucket, in pixels."""
+    """The phases of a run, of which the largest decides. `size_hw` is the largest bucket, in pixels.
+
+    `outside` is what is needed beside every phase. `on_gpu` says whose memory it is: the GPU's, or the process's main memory.
+    """
 
     phases: tuple[Phase, ...]
     size_hw: tuple[int, int]
+    outside: int = OUTSIDE_BYTES
+    on_gpu: bool = True
 
     @property
     def largest(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.bytes)
 
     @property
+    def needed(self) -> int:
+        """The memory that the run takes, all in all."""
+        return self.largest.bytes + self.outside
+
+    @property
     def card_gib(self) -> int | None:
         """The smallest usual card that should do, or None if none does."""
-        return next((size for size in CARD_GIB if self.largest.bytes + OUTSIDE_BYTES <= size * GIB), None)
+        return next((size for size in CARD_GIB if self.needed <= size * GIB), None)
 
 
 class Tracer:
@@ -81,11 +99,26 @@ class Tracer:
 
         training = config.training
         settings = {
-            "dtype": getattr(torch, weight_dtype(config)), "autocast": training.precision == "bf16_mixed", "size_hw": size_hw,
+            "dtype": getattr(torch, unet_dtype(config)), "autocast": training.precision == "bf16_mixed", "size_hw": size_hw,
             "checkpointing": training.gradient_checkpointing, "batch_size": training.batch_size,
-            "accumulating": training.accumulation_steps > 1,
+            "accumulating": training.accumulation_steps > 1, "fused_backward": training.fused_backward,
+            "adapter": adapter_spec(config), "adapter_dtype": getattr(torch, weight_dtype(config)),
+            "on_gpu": on_gpu(config),
         }  # fmt: skip
-        return self._once(trace_step, settings)
+        if training.fused_backward:
+            return self._once(trace_step, {**settings, "update_bytes": update_bytes(config)})
+        cost, counts = self._once(trace_step, settings), list(map(prod, trained_shapes(config, self.spec).values()))
+        step = sum(counts) * DTYPE_BYTES[weight_dtype(config)] + max(counts) * update_bytes(config)  # when the activations are gone
+        return replace(cost, peak=max(cost.peak, step))
+
+    def validate(self, config: Config, size_hw: tuple[int, int]) -> PassCost:
+        """A pass without gradients on a batch of held-out pictures, in the UNet's own number format."""
+        import torch
+
+        from aquatint.planning.trace import trace_unet
+
+        settings = {"dtype": getattr(torch, unet_dtype(config)), "batch_size": config.training.batch_size, "size_hw": size_hw}
+        return self._once(trace_unet, settings)
 
     def denoise(self, config: Config) -> PassCost:
         """One denoising pass on one sample picture, in float32: the bytes grow with the batch and with those of a number."""
@@ -93,8 +126,7 @@ class Tracer:
 
         from aquatint.planning.trace import trace_unet
 
-        size_hw = (config.samples.height, config.samples.width)
-        return self._once(trace_unet, {"dtype": torch.float32, "batch_size": 1, "size_hw": size_hw})
+        return self._once(trace_unet, {"dtype": torch.float32, "batch_size": 1, "size_hw": sample_size(config)})
 
     def decode(self, config: Config) -> PassCost:
         """Decoding a sample picture."""
@@ -102,7 +134,7 @@ class Tracer:
 
         from aquatint.planning.trace import trace_decode
 
-        return self._once(trace_decode, {"dtype": torch.float32, "size_hw": (config.samples.height, config.samples.width)})
+        return self._once(trace_decode, {"dtype": torch.float32, "size_hw": sample_size(config)})
 
     def encode(self, config: Config, size_hw: tuple[int, int]) -> PassCost:
         """Encoding a batch of pictures for the cache."""
@@ -125,10 +157,32 @@ def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -
     """The memory of every phase of a run. `tracer` can be shared by plans of the same model. Raises UsageError."""
     tracer = tracer or Tracer(spec)
     size_hw = largest_bucket(config)
-    phases = [_encoding_captions(spec), _encoding_pictures(config, spec, tracer, size_hw), _training(config, spec, tracer, size_hw)]
+    phases = [_encoding_captions(spec), encoding_pictures(config, spec, tracer, size_hw), training(config, spec, tracer, size_hw)]
+    if not on_gpu(config) and config.ema.enabled and config.validation.every is not None:
+        phases.append(_validating(config, spec, tracer, size_hw))
     if makes_samples(config):
-        phases.append(_sampling(config, spec, tracer))
-    return MemoryPlan(tuple(phases), size_hw)
+        phases.append(sampling(config, spec, tracer))
+    return MemoryPlan(tuple(phases), size_hw, outside_bytes(config), on_gpu(config))
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether the run is planned for a GPU: for every device but the CPU, also on a computer that has none."""
+    return config.training.device != "cpu"
+
+
+def outside_bytes(config: Config) -> int:
+    """What is needed beside every phase."""
+    return OUTSIDE_BYTES if on_gpu(config) else PROCESS_BYTES
+
+
+def update_bytes(config: Config) -> int:
+    """Temporary bytes per element while a weight is stepped. A CPU steps in pieces too small to count."""
+    if not on_gpu(config):
+        return 0
+    optimizer, is_half = config.optimizer, weight_dtype(config) == "bfloat16"
+    if is_half and optimizer.name == "adamw_bf16" and optimizer.rounding == "kahan":
+        return KAHAN_BYTES
+    return UPDATE_BYTES[optimizer.name][0 if is_half else 1]
 
 
 def makes_samples(config: Config) -> bool:
@@ -136,49 +190,88 @@ def makes_samples(config: Config) -> bool:
     return config.samples.every is not None and bool(config.samples.prompts)
 
 
-def weight_dtype(config: Config) -> str:
-    """The number format of the trained weights."""
-    return "bfloat16" if config.training.precision == "bf16_pure" else "float32"
-
-
 def state_parts(config: Config, spec: ModelSpec) -> tuple[Part, Part, Part]:
-    """Weights, optimizer state and moving average, wherever they live: what a checkpoint holds."""
-    from aquatint.optim.create import state_bytes
-
-    dtype, parameters = weight_dtype(config), spec.num_parameters("unet")
-    weights = Part("weights", parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
-    state = state_bytes(config.optimizer.name, spec.shapes("unet").values(), DTYPE_BYTES[dtype])
+    """Trained weights, optimizer state and moving average, wherever they live: what a checkpoint holds."""
+    dtype, parameters = weight_dtype(config), num_trained(config, spec)
+    name = "weights" if config.adapter.kind == "none" else "adapter weights"
+    weights = Part(name, parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
+    settings = config.optimizer.model_dump(exclude={"name"})
+    state = state_bytes(config.optimizer.name, trained_shapes(config, spec).values(), DTYPE_BYTES[dtype], **settings)
     optimizer = Part("optimizer state", state, config.optimizer.name)
-    average = Part("moving average", parameters * FLOAT32_BYTES if config.ema.enabled else 0, "float32")
+    count = 1 + len(config.ema.power_stds) if config.ema.enabled else 0
+    average = Part("moving average", parameters * FLOAT32_BYTES * count, f"{count} of them, float32" if count > 1 else "float32")
     return weights, optimizer, average
 
 
-def _resident(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
-    """What stays on the GPU from step to step."""
+def resident_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
+    """What stays in memory from step to step."""
     weights, optimizer, average = state_parts(config, spec)
-    return (weights, optimizer, average) if config.ema.enabled and config.ema.device == "model" else (weights, optimizer)
+    has_average = config.ema.enabled and (config.ema.device == "model" or not on_gpu(config))
+    trained = (weights, optimizer, average) if has_average else (weights, optimizer)
+    if config.adapter.kind != "none":
+        return (frozen_part(config, spec), *trained)
+    return (*trained, _prior_part(config, spec)) if config.diffusion.mask_prior_weight > 0 else trained
 
 
-def _training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
+def frozen_part(config: Config, spec: ModelSpec) -> Part:
+    """The UNet that an adapter is beside: no gradients, no state, no average."""
+    dtype, parameters = unet_dtype(config), spec.num_parameters("unet")
+    return Part("frozen UNet", parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
+
+
+def _prior_part(config: Config, spec: ModelSpec) -> Part:
+    """The UNet as it was, which says what is to stay outside of masks."""
+    dtype = "float32" if config.training.precision == "fp32" else "bfloat16"
+    return Part("base model, for masks", spec.num_parameters("unet") * DTYPE_BYTES[dtype], dtype)
+
+
+def step_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
+    """What is in memory during a step beside gradients and activations."""
+    return (*resident_parts(config, spec), *(_encoding_captions(spec).parts if encodes_online(config.captions) else ()))
+
+
+def training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
+    """The steps. Raises UsageError."""
     traced = tracer.step(config, size_hw)
-    texts = _encoding_captions(spec).parts if encodes_online(config.captions) else ()
-    weights = spec.num_parameters("unet")
-    alone = [f"gradients {gib(weights * DTYPE_BYTES[weight_dtype(config)])}", f"activations {gib(traced.activations)}"]
-    if config.training.precision == "bf16_mixed":
+    weights, weight_bytes = num_trained(config, spec), DTYPE_BYTES[weight_dtype(config)]
+    freed = config.training.fused_backward and config.training.accumulation_steps == 1
+    gradients = "gradients freed one by one" if freed else f"gradients {gib(weights * weight_bytes)}"
+    alone = [gradients, f"activations {gib(traced.activations)}"]
+    if config.training.precision == "bf16_mixed":  # of what is trained: a frozen UNet is bf16 itself
         alone.append(f"bf16 copies of the weights {gib(weights * DTYPE_BYTES['bfloat16'])}")
     note = f"the most at one time; alone: {', '.join(alone)}"
-    return Phase("training", (*_resident(config, spec), *texts, Part("gradients and activations", traced.peak, note)))
+    return Phase("training", (*step_parts(config, spec), Part("gradients and activations", traced.peak, note)))
 
 
-def _sampling(config: Config, spec: ModelSpec, tracer: Tracer) -> Phase:
+def sampling(config: Config, spec: ModelSpec, tracer: Tracer) -> Phase:
+    """Sample pictures between two steps. Raises UsageError."""
     vae = Part("autoencoder", spec.num_parameters("vae") * FLOAT32_BYTES, "float32")
     at_once = min(SAMPLE_BATCH, len(config.samples.prompts))
-    denoise = tracer.denoise(config).peak * at_once * DTYPE_BYTES[weight_dtype(config)] // FLOAT32_BYTES
+    is_half = unet_dtype(config) == "bfloat16" or config.training.precision == "bf16_mixed"
+    denoise = ceil(tracer.denoise(config).peak * at_once * (0.5 if is_half else 1)) + _half_copies(config, spec)
     work = Part("work space", max(denoise, tracer.decode(config).peak), f"{at_once} at once")
-    return Phase("making sample pictures", (*_resident(config, spec), vae, work))
+    return Phase("making sample pictures", (*resident_parts(config, spec), *_set_aside(config, spec), vae, work))
 
 
-def _encoding_pictures(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
+def _half_copies(config: Config, spec: ModelSpec) -> int:
+    """The bf16 copies of float32 weights that autocast keeps during a pass."""
+    return num_trained(config, spec) * DTYPE_BYTES["bfloat16"] if config.training.precision == "bf16_mixed" else 0
+
+
+def _set_aside(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
+    """The trained weights, which are kept in main memory while the average is in their place."""
+    weights = state_parts(config, spec)[0]
+    return (Part("weights set aside", weights.bytes, weight_dtype(config)),) if config.ema.enabled and not on_gpu(config) else ()
+
+
+def _validating(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
+    """Less than a step on a GPU, where no weights are set aside, and so of interest on a CPU alone."""
+    work = Part("work space", tracer.validate(config, size_hw).peak + _half_copies(config, spec), f"{config.training.batch_size} at once")
+    return Phase("validating", (*resident_parts(config, spec), *_set_aside(config, spec), work))
+
+
+def encoding_pictures(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
+    """Filling the cache. Raises UsageError."""
     precision = config.cache.vae_precision
     vae = Part("autoencoder", spec.num_parameters("vae") * DTYPE_BYTES[precision], precision)
     work = Part("work space", tracer.encode(config, size_hw).peak, f"{config.cache.batch_size} at once")
@@ -189,51 +282,6 @@ def _encoding_captions(spec: ModelSpec) -> Phase:
     """The work space of a few captions is too small to count."""
     parameters = spec.num_parameters("text_encoder") + spec.num_parameters("text_encoder_2")
     return Phase("encoding captions", (Part("text encoders", parameters * FLOAT32_BYTES, "float32"),))
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A change of the config, what it costs, and the memory that the run needs with it."""
-
-    change: str
-    price: str
-    plan: MemoryPlan
-
-
-_CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"ema.device": "cpu"}, "somewhat slower steps, and main memory"),
-    ({"training.gradient_checkpointing": True}, "about a quarter more time"),
-    ({"cache.batch_size": 1}, "slower encoding"),
-    ({"cache.vae_precision": "bfloat16"}, "latents slightly less exact"),
-    ({"optimizer.name": "adafactor"}, "another optimizer: find its learning rate again"),
-    ({"training.precision": "bf16_pure", "optimizer.name": "adamw_bf16"}, "weights and moments in bf16"),
-    ({"training.precision": "bf16_pure", "optimizer.name": "adafactor", "ema.device": "cpu"}, "all of these together"),
-)
-
-
-def savings(config: Config, spec: ModelSpec, tracer: Tracer) -> tuple[Saving, ...]:
-    """Changes that would make the run need less memory, the least painful first."""
-    before = plan_memory(config, spec, tracer).largest.bytes
-    found = []
-    for change, price in _CHANGES:
-        changed = with_changes(config, change)
-        if changed == config:
-            continue
-        plan = plan_memory(changed, spec, tracer)
-        if plan.largest.bytes < before:
-            found.append(Saving(", ".join(f"{key} = {value}" for key, value in change.items()), price, plan))
-    return tuple(found)
-
-
-def with_changes(config: Config, change: Mapping[str, Any]) -> Config:
-    """The config with some settings changed. Another optimizer starts from its own defaults, but for the learning rate."""
-    values = config.model_dump()
-    for key, value in change.items():
-        section, name = key.split(".")
-        if key == "optimizer.name" and values["optimizer"]["name"] != value:
-            values["optimizer"] = {"learning_rate": values["optimizer"]["learning_rate"]}
-        values[section][name] = value
-    return Config.model_validate(values)
 
 
 def gib(value: float) -> str:

@@ -11,7 +11,9 @@ from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning.disk import plan_disk
 from aquatint.planning.forecast import forecast_lines
-from aquatint.planning.memory import MemoryPlan, Part, Saving, Tracer, gib, plan_memory, savings
+from aquatint.planning.fit import Help, mild_helps
+from aquatint.planning.knobs import changes_text
+from aquatint.planning.memory import MemoryPlan, Part, Tracer, gib, on_gpu, plan_memory, state_parts
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps
 from aquatint.planning.sources import is_remote, list_source, repeats_of, sources_of
 
@@ -24,13 +26,13 @@ def plan_text(config: Config) -> str:
     pictures = [0 if is_remote(source) else list_source(source).num_pictures for source in sources_of(config)]
     tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
     total, apart = sum(pictures), pictures_of(config, pictures, "validation")
-    memory = plan_memory(config, spec, tracer)
+    memory, least = plan_memory(config, spec, tracer), list(mild_helps(config, spec, tracer))
     blocks = [
         [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
         ["Steps", *steps_lines(config, pictures, steps)],
-        ["GPU memory", *memory_lines(memory, config.training.batch_size), *saving_lines(savings(config, spec, tracer))],
+        [place(memory), *memory_lines(memory, config.training.batch_size), *elsewhere_lines(config, spec), *saving_lines(least)],
         ["Time", *(forecast_lines(config, tracer, steps, total, apart) if steps else ["unknown without pictures"])],
-        ["Disk", *table(plan_disk(config, spec, total))],
+        ["Disk", *table(plan_disk(config, spec, total, steps))],
     ]
     return "\n\n".join("\n".join([block[0], *(f"  {line}".rstrip() for line in block[1:])]) for block in blocks) + "\n"
 
@@ -103,18 +105,33 @@ def memory_lines(plan: MemoryPlan, batch_size: int) -> list[str]:
         mark = "  <- the most" if phase is plan.largest and len(plan.phases) > 1 else ""
         lines += ["", f"{phase.name:<{NAME_WIDTH}}{gib(phase.bytes):>{SIZE_WIDTH}}{mark}"]
         lines += [f"  {line}" for line in table(phase.parts, NAME_WIDTH - 2)]
+    if not plan.on_gpu:
+        return [*lines, "", f"with about {gib(plan.outside)} for the program itself {gib(plan.needed)}; workers of the loader not counted"]
     card = f"a card with {plan.card_gib} GB should do" if plan.card_gib else "no single card has that much"
-    return [*lines, "", f"with about 1.5 GiB for the driver and what the allocator cannot use, {card}"]
+    return [*lines, "", f"with about {gib(plan.outside)} for the driver and what the allocator cannot use, {card}"]
 
 
-def saving_lines(found: Sequence[Saving]) -> list[str]:
+def place(plan: MemoryPlan) -> str:
+    """Whose memory a plan is about."""
+    return "GPU memory" if plan.on_gpu else "Main memory"
+
+
+def elsewhere_lines(config: Config, spec: ModelSpec) -> list[str]:
+    """What a run on a GPU keeps in main memory."""
+    if not (on_gpu(config) and config.ema.enabled and config.ema.device == "cpu"):
+        return []
+    return [f"in main memory: the moving average, {gib(state_parts(config, spec)[2].bytes)}"]
+
+
+def saving_lines(found: Sequence[Help]) -> list[str]:
     """What would make it less."""
     if not found:
         return []
     return [
         "",
-        "to need less:",
-        *(f"  {gib(saving.plan.largest.bytes):>{SIZE_WIDTH}}   {saving.change} ({saving.price})" for saving in found),
+        "to need less (all in all, with each alone):",
+        *(f"  {gib(saving.plan.needed):>{SIZE_WIDTH}}   {changes_text(saving.level.changes)} ({saving.level.price})" for saving in found),
+        "`--fit 12GiB` finds what to change for a card with 12 GB",
     ]
 
 

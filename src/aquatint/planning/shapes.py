@@ -20,3 +20,9 @@ def largest_bucket(config: Config) -> tuple[int, int]:
     shapes = sets_of(config)[0].shapes.tolist()
     height, width = max(shapes, key=lambda shape: (shape[0] * shape[1], -abs(shape[0] - shape[1])))
     return height, width
+
+
+def sample_size(config: Config) -> tuple[int, int]:
+    """Height and width of sample pictures as far as they are known without the data: the config's, or the largest bucket's."""
+    section = config.samples
+    return largest_bucket(config) if section.height is None or section.width is None else (section.height, section.width)

@@ -20,6 +20,8 @@ from aquatint.models.sdxl.model import ModelSpec, build_unet, build_vae, decode_
 if TYPE_CHECKING:
     import torch
 
+    from aquatint.models.adapter_shapes import AdapterSpec
+
 TOKENS = 77
 PX_PER_LATENT = 8
 
@@ -27,8 +29,8 @@ PX_PER_LATENT = 8
 @dataclass(frozen=True)
 class StepCost:
     """Of one training pass. `activations` are the bytes that the forward pass leaves for the backward pass, `peak` the most
-    that gradients and activations take together, weights not counted. `flops` are the floating-point operations, of them
-    `forward_flops` until the loss."""
+    that gradients, activations and the optimizer's temporary tensors take together, weights and state not counted. `flops` are
+    the floating-point operations of the pass, of them `forward_flops` until the loss."""
 
     activations: int
     peak: int
@@ -123,11 +125,18 @@ def trace_step(
     batch_size: int,
     size_hw: tuple[int, int],
     accumulating: bool = False,
+    fused_backward: bool = False,
     num_tokens: int = TOKENS,
+    adapter: AdapterSpec | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    update_bytes: int = 0,
+    on_gpu: bool = True,
 ) -> StepCost:
-    """One training pass of the UNet on pictures of `size_hw` pixels.
+    """One training pass of the UNet on pictures of `size_hw` pixels; with `adapter`, of that beside the frozen UNet.
 
-    `accumulating`: the gradients of an earlier pass are there already.
+    `accumulating`: the gradients of an earlier pass are there already. `fused_backward`: each is freed as soon as it is complete.
+    `update_bytes` are those that stepping it takes just then, per element.
+    `on_gpu`: autocast computes norms in float32.
     """
     import torch
 
@@ -136,19 +145,47 @@ def trace_step(
         with_fake_weights(unet, dtype).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        weights = list(unet.parameters())
-        tally = Tally(weights)
+        if adapter is not None:
+            _adapt(unet, adapter, adapter_dtype or dtype, norms_in_float32=autocast and on_gpu)
+        weights = [weight for weight in unet.parameters() if weight.requires_grad]
+        tally = Tally(unet.parameters())
         inputs = _unet_inputs(spec, batch_size, size_hw, num_tokens)
-        with tally.counting(), _norms_in_float32(unet, autocast):
+        with tally.counting(), _norms_in_float32(unet, autocast and on_gpu):
             if accumulating:
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
             gradients = tally.now
+            if fused_backward:
+                free_gradients(weights, update_bytes)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = predict(unet, *inputs)
             activations, forward_flops = tally.now - gradients, tally.flops
             output.square().mean().backward()
         return StepCost(activations, tally.peak, forward_flops, tally.flops)
+
+
+def _adapt(unet: Any, adapter: AdapterSpec, dtype: torch.dtype, *, norms_in_float32: bool) -> None:
+    """The adapters that training would attach. Norms become float32 if autocast is to compute them so."""
+    import torch
+
+    from aquatint.models.adapters import attach
+
+    attach(unet, adapter, dtype)
+    for norm in unet.modules():
+        if norms_in_float32 and isinstance(norm, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            with_fake_weights(norm, torch.float32).requires_grad_(False)
+
+
+def free_gradients(weights: Iterable[torch.Tensor], update_bytes: int = 0) -> None:
+    """Frees the gradient of each weight once the backward pass is through with it, after room for its step was taken for a moment."""
+    import torch
+
+    def free(weight: torch.Tensor) -> None:
+        torch.empty(update_bytes * weight.numel(), dtype=torch.uint8)
+        weight.grad = None
+
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(free)
 
 
 def trace_unet(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> PassCost:

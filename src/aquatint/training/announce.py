@@ -7,24 +7,31 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from aquatint.config.schema import Config
+from aquatint.config.schema import Config, NoiseSection, TimestepsSection
 from aquatint.data.buckets import report_text
 from aquatint.data.captions import caption_report, render
 from aquatint.data.downloads import public_name
 from aquatint.data.ledger import summary
+from aquatint.models.adapters import adapted_layers
+from aquatint.models.sdxl.process import Process
 from aquatint.models.sdxl.tokenizer import chunk_reports
-from aquatint.planning.schedule import plan_steps
+from aquatint.planning.schedule import count, plan_steps
 from aquatint.training.layout import Layout
+from aquatint.training.parallelize import trained_parameters
 from aquatint.training.prepare import Prepared
+from aquatint.training.process import ZERO_AT_PURE_NOISE
 from aquatint.training.step import Parts
 from aquatint.utils.seeds import generator
 
 MAX_COUNTED_CAPTIONS = 20_000  # counting the tokens of so many takes a second
 
-NAMES = {"epsilon": "epsilon (the noise)", "v_prediction": "v_prediction"}
+NAMES = {
+    "epsilon": "epsilon (the noise)", "v_prediction": "v_prediction", "x0": "x0 (the picture)", "edm": "EDM's F",
+    "flow": "rectified flow (noise less picture)",
+}  # fmt: skip
 
 
-def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
+def announcement(config: Config, data: Prepared, parts: Parts, process: Process) -> Iterator[str]:
     """One line per fact: pictures, buckets, steps, objective, and what will train."""
     manifest = data.manifest
     yield f"pictures    {summary(manifest).replace(' pictures', '', 1)} (see ledger.txt)"
@@ -49,14 +56,36 @@ def announcement(config: Config, data: Prepared, parts: Parts) -> Iterator[str]:
         plan_steps(data.samples_per_epoch, section.batch_size, section.accumulation_steps, section.length).lines()
     ):
         yield f"{'' if index else 'steps':<12}{line}"
-    objective = parts.objective
-    terminal = "with" if objective.schedule.zero_terminal_snr else "without"
-    yield f"objective   {NAMES[objective.prediction]}, {terminal} zero terminal SNR, loss weight {weighting_text(objective.weights)}"
-    trained = [p for p in parts.unet.parameters() if p.requires_grad]
-    dtype = str(trained[0].dtype).removeprefix("torch.")
-    yield f"trains      the UNet: {sum(p.numel() for p in trained):,} weights in {dtype}"
+    for index, line in enumerate(objective_lines(config, process, parts)):
+        yield f"{'' if index else 'objective':<12}{line}"
+    yield f"trains      {trained_text(parts.unet)}"
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
-    yield "stays       text encoders and autoencoder"
+    yield f"stays       {'the UNet, ' if adapted_layers(parts.unet) else ''}text encoders and autoencoder"
+
+
+def trained_text(unet: torch.nn.Module) -> str:
+    """How much is trained, and where."""
+    trained, layers = list(trained_parameters(unet).values()), len(adapted_layers(unet))
+    total, dtype = sum(p.numel() for p in trained), str(trained[0].dtype).removeprefix("torch.")
+    return f"{total:,} adapter weights in {dtype}, in {count(layers, 'layer')}" if layers else f"the UNet: {total:,} weights in {dtype}"
+
+
+def objective_lines(config: Config, process: Process, parts: Parts) -> Iterator[str]:
+    """What is learned, and what is special about how."""
+    terminal = "" if process.prediction in ("flow", "edm") else f", {'with' if process.zero_terminal_snr else 'without'} zero terminal SNR"
+    loss = "" if config.diffusion.loss == "mse" else f", {config.diffusion.loss} loss"
+    yield f"{NAMES[process.prediction]}{terminal}{loss}, loss weight {weighting_text(config.diffusion.weighting, parts.objective.weights)}"
+    section, weighting = config.timesteps, config.diffusion.weighting
+    if section != TimestepsSection():
+        changed = ", ".join(f"{name} {value}" for name, value in section.model_dump().items() if value != getattr(TimestepsSection(), name))
+        yield f"timesteps: {changed}"
+    if config.noise != NoiseSection():
+        changed = ", ".join(
+            f"{name} {value}" for name, value in config.noise.model_dump().items() if value != getattr(NoiseSection(), name)
+        )
+        yield f"noise: {changed}"
+    if weighting in ZERO_AT_PURE_NOISE and parts.objective.schedule.zero_terminal_snr:
+        yield f"{weighting} would give pure noise, the last timestep, the weight 0: it gets {parts.objective.weights[-1]:g}"
 
 
 def mix_lines(layout: Layout) -> Iterator[str]:
@@ -85,7 +114,9 @@ def captions_text(layout: Layout) -> str:
     return caption_report(names, texts, list(chunk_reports(texts)))
 
 
-def weighting_text(weights: torch.Tensor) -> str:
+def weighting_text(weighting: str, weights: torch.Tensor) -> str:
     """The range of the loss weights."""
+    if weighting in ("learned", "adaptive"):
+        return f"{weighting} from the loss itself"
     low, high = weights.min().item(), weights.max().item()
     return "1 everywhere" if low == high == 1.0 else f"{low:.3g} to {high:.3g}"

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,37 +17,50 @@ from aquatint import __version__
 from aquatint.config.schema import Config, dump
 from aquatint.data.batch import Batch
 from aquatint.data.buckets import report_text
-from aquatint.data.image import contact_sheet, save_png
 from aquatint.data.ledger import write_ledger
 from aquatint.data.loader import BatchReader, Draws, stream
 from aquatint.data.sampler import Order
-from aquatint.diffusion.schedule import sdxl_schedule
-from aquatint.diffusion.timesteps import midpoint_timesteps
-from aquatint.diffusion.weighting import loss_weights
-from aquatint.errors import Interrupted, UsageError
+from aquatint.errors import Interrupted
+from aquatint.models.adapters import Frozen
 from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.optim.clipping import Clipping
 from aquatint.optim.create import create_optimizer
+from aquatint.optim.fused import FusedBackward
 from aquatint.optim.lr import learning_rate_factor
+from aquatint.planning.trained import unet_dtype
 from aquatint.storage import append_text, check_writable, folder_lock, shared_lock, write_json, write_text
-from aquatint.tensor_file import LazyTensor
 from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
 from aquatint.tracking.tracker import Several, Tracker, guarded
 from aquatint.training import checkpoint
+from aquatint.training.adapting import adapting, check_start, tag_frequency
 from aquatint.training.announce import announcement, captions_text
+from aquatint.training.breakdown import Breakdown, choose_breakdown
 from aquatint.training.checkpoint import Trained
-from aquatint.training.ema import Ema
-from aquatint.training.exports import export_model
+from aquatint.training.ema import Ema, decay_of_half_life
+from aquatint.training.ema_snapshots import remove_after, snapshot_action
+from aquatint.training.layout import Layout
+from aquatint.training.objective import Objective
+from aquatint.training.objectives import (
+    choose_adaptation,
+    choose_densities,
+    choose_objective,
+    choose_process,
+    mean_density,
+    noise_kind,
+)
 from aquatint.training.online_text import encoded
-from aquatint.training.parallelize import choose_device, ready_for_training, weight_dtype
+from aquatint.training.overfit import Watch
+from aquatint.training.parallelize import choose_device, ready_for_training, trained_parameters
 from aquatint.training.prepare import Prepared, prepare
+from aquatint.training.results import TAGS_FILE, export_weights, sample_request
 from aquatint.training.resume import accept_config
-from aquatint.training.sampling import SampleRequest, TextEmbeds, make_samples
+from aquatint.training.saver import Saver, saving_tasks, share_of_memory
 from aquatint.training.state import Every, TrainState
-from aquatint.training.step import Objective, Parts
-from aquatint.training.tasks import Saver, log_action, sample_action, timings_action, validate_action
+from aquatint.training.step import Parts
+from aquatint.training.tasks import Action, Validation, log_action, sample_action, timings_action, validate_action
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
-from aquatint.training.validation import ValidationSet
+from aquatint.training.validation import ValidationSet, validation_timesteps
 from aquatint.utils.logging import logged
 from aquatint.utils.progress import Progress, say
 
@@ -68,40 +81,19 @@ def train_run(config: Config, *, accept_changes: bool = False) -> TrainResult:
         result = train(built.run, stop)
         if not result.stopped:
             built.look_at_the_end(result.state)
+            snapshot_action(folder / "ema", built.trained.ema, built.base, say)(result.state)
         built.saver.save(result.state)
         if result.stopped:
             raise Interrupted(
                 f"stopped at step {result.state.step} of {built.run.total_steps}; everything is saved in {folder}",
                 hint="run the same command again to go on exactly there",
             )
-    weights = built.trained.ema.average if built.trained.ema is not None else dict(built.trained.model.named_parameters())
-    target = folder / "export" / config.run.name
-    objective = built.run.parts.objective
-    exported = export_model(built.base, weights, target, config.export, config.run.name, objective, config.buckets.resolution)
+        if result.state.step < built.run.total_steps and (words := built.watch.closing_words(built.saver.steps())):
+            say(words)
+    weights = built.trained.ema.average if built.trained.ema is not None else trained_parameters(built.trained.model)
+    exported = export_weights(config, built.base, weights, folder / "export" / config.run.name, config.export)
     plot_losses(folder / "metrics.jsonl", folder / "loss.png")
     return TrainResult(result.state, folder, stopped=False, exported=exported)
-
-
-def choose_objective(config: Config, base: BaseModel) -> Objective:
-    """What is learned. Raises UsageError when the config contradicts itself or the base model."""
-    prediction = base.prediction if config.model.prediction == "auto" else config.model.prediction
-    zero_terminal_snr = base.zero_terminal_snr if config.model.zero_terminal_snr == "auto" else config.model.zero_terminal_snr
-    if zero_terminal_snr and prediction == "epsilon":
-        raise UsageError(
-            "model.zero_terminal_snr needs v_prediction: at its last timestep there is no picture left that epsilon could tell",
-            hint="set model.prediction to v_prediction, or model.zero_terminal_snr to false",
-        )
-    if prediction == "epsilon" and base.prediction == "v_prediction":
-        raise UsageError(
-            f"{base.path.name} was trained for v_prediction, but model.prediction is epsilon",
-            hint="set model.prediction to auto",
-        )
-    schedule = sdxl_schedule(zero_terminal_snr=zero_terminal_snr)
-    weighting = config.diffusion.weighting
-    if weighting == "auto":
-        weighting = "clamped_v" if zero_terminal_snr else "none"
-    weights = loss_weights(weighting, prediction, schedule.snr, gamma=config.diffusion.gamma, floor=config.diffusion.weight_floor)
-    return Objective(schedule, prediction, weights)
 
 
 @dataclass
@@ -114,6 +106,7 @@ class Built:
     base: BaseModel
     looks: tuple[Task, ...]
     samples_per_step: int
+    watch: Watch
 
     def look_at_the_end(self, state: TrainState) -> None:
         """Validation and sample pictures of the last step, unless the loop did them, or an earlier process of a finished run."""
@@ -135,22 +128,29 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     for note in notes:
         say(f"warning: {note}")
     accept_config(folder, dump(config), resuming=latest is not None, accept_changes=accept_changes, say=say)
+    if latest is None:
+        check_start(config, base)
     data = prepare(config, base, say=say)
     write_ledger(data.manifest, folder)
     write_text(folder / "buckets.txt", report_text(data.layout.report))
     write_text(folder / "captions.txt", captions_text(data.layout))
+    if config.adapter.kind != "none":
+        write_json(folder / TAGS_FILE, tag_frequency(data.layout))
     write_json(folder / "config.json", dump(config))
     write_json(folder / "environment.json", environment())
-    parts, trained, total_steps = build_parts(config, base, objective, data)
-    for line in announcement(config, data, parts):
+    parts, trained, total_steps = build_parts(config, base, objective, data, resuming=latest is not None)
+    for line in announcement(config, data, parts, choose_process(config, base)):
         say(line)
     state = TrainState()
     if latest is not None:
         state = checkpoint.restore(latest, trained, plan_digest=data.digest, accept_changes=accept_changes)
         say(f"going on from {latest.name}, {state.samples_seen} pictures seen")
+        if trained.ema is not None:
+            trained.ema.start_at(state.step, state.samples_seen)
+    remove_after(folder / "ema", state.step)
     tracker = stack.enter_context(contextlib.closing(open_trackers(config, folder, state.step)))
     display = stack.enter_context(Progress(total_steps, state.step))
-    reader = build_reader(config, data)
+    reader = build_reader(config, base, data)
     run = Run(
         folder=folder,
         parts=parts,
@@ -161,51 +161,99 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         max_bad_steps=config.training.max_bad_steps,
         tasks=(),
         display=display,
+        breakdown=build_breakdown(data),
     )
-    saver = Saver(checkpoints, trained, data.digest, config.checkpoints.keep, display)
-    looks = look_tasks(config, base, objective, data, run, tracker)
-    run.tasks = build_tasks(config, data, run, tracker, looks, saver)
+    metrics = folder / "metrics.jsonl"
+    share = share_of_memory(config.checkpoints.background, parts.device)
+    saver = stack.enter_context(Saver(checkpoints, trained, data.digest, config.checkpoints.keep, display, memory_share=share))
+    saver.metrics = metrics if config.checkpoints.keep_best else None
+    watch = build_watch(config, metrics, data, display)
+    run.has_ended = lambda: watch.ended
+    looks = look_tasks(config, base, objective, data, run, tracker, watch)
+    snapshots = snapshot_action(folder / "ema", trained.ema, base, display.note)
+    run.tasks = build_tasks(config, data, run, tracker, looks, snapshots, saver)
     if state.step == 0:
         for task in looks:
             task.run(state, None)  # type: ignore[arg-type]
-    return Built(run, saver, trained, base, looks, samples_per_step(config))
+    return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
 
 
-def build_parts(config: Config, base: BaseModel, objective: Objective, data: Prepared) -> tuple[Parts, Trained, int]:
+def build_breakdown(data: Prepared) -> Breakdown:
+    """What training losses are told apart by."""
+    groups = data.layout.groups
+    return choose_breakdown(sum(map(bool, groups)), len(np.unique(data.train.sources)))
+
+
+def build_watch(config: Config, metrics: Path, data: Prepared, display: Progress) -> Watch:
+    """What ends a run early, or not. It looks back at what a resumed run measured."""
+    section = config.validation
+    stop_after = section.stop_after
+    if stop_after and data.layout.held_out_is_trained:
+        say("warning: no picture could be held out, so validation.stop_after will not end this run")
+        stop_after = 0
+    watch = Watch(metrics, section.overfit_after, stop_after, display.note)
+    watch.decide()
+    return watch
+
+
+def build_parts(
+    config: Config, base: BaseModel, objective: Objective, data: Prepared, *, resuming: bool = False
+) -> tuple[Parts, Trained, int]:
     """The UNet ready for training, its optimizer and average, and the number of steps of the whole run."""
     device = choose_device(config.training.device)
-    unet = base.load_unet(weight_dtype(config.training.precision))
-    model = ready_for_training(unet, gradient_checkpointing=config.training.gradient_checkpointing, device=device)
+    unet = base.load_unet(getattr(torch, unet_dtype(config)))
+    adapt = adapting(config, base, resuming=resuming)
+    model = ready_for_training(unet, gradient_checkpointing=config.training.gradient_checkpointing, device=device, adapt=adapt)
     settings = config.optimizer.model_dump(exclude={"name"})
-    optimizer = create_optimizer(config.optimizer.name, model.named_parameters(), seed=config.run.seed, **settings)
-    ema = None
-    if config.ema.enabled:
-        ema_device = torch.device("cpu") if config.ema.device == "cpu" else None
-        ema = Ema(dict(model.named_parameters()), decay=config.ema.decay, warmup=config.ema.warmup, device=ema_device)
+    optimizer = create_optimizer(config.optimizer.name, trained_parameters(model).items(), seed=config.run.seed, **settings)
+    clipping = Clipping(config.training.clip, config.training.clip_norm, device=device)
+    fused = FusedBackward(optimizer, clipping) if config.training.fused_backward else None
+    ema = build_ema(config, model, data.samples_per_epoch)
+    frozen = None
+    if objective.mask_prior_weight > 0 and data.train.has_masks:
+        half = torch.bfloat16 if config.training.precision != "fp32" else torch.float32
+        frozen = Frozen(model) if adapt is not None else base.load_unet(half).requires_grad_(False).to(device)
+    drawn = mean_density(choose_densities(config, base, data.layout.plan.shapes), bucket_samples(data.layout))
+    adaptation = choose_adaptation(config, objective, drawn, device)
     lengths = {"samples_per_step": samples_per_step(config), "samples_per_epoch": data.samples_per_epoch}
     total_steps = config.training.length.in_steps(**lengths)
-    warmup_steps = config.lr.warmup.in_steps(**lengths)
+    warmup_steps, reference_steps = config.lr.warmup.in_steps(**lengths), config.lr.reference.in_steps(**lengths)
 
     def learning_rate(step: int) -> float:
         factor = learning_rate_factor(
-            step, schedule=config.lr.schedule, warmup_steps=warmup_steps, total_steps=total_steps, end_factor=config.lr.end_factor
-        )
+            step, schedule=config.lr.schedule, warmup_steps=warmup_steps, total_steps=total_steps, end_factor=config.lr.end_factor,
+            reference_steps=reference_steps,
+        )  # fmt: skip
         return config.optimizer.learning_rate * factor
 
     autocast = config.training.precision == "bf16_mixed"
-    parts = Parts(model, optimizer, ema, objective, learning_rate, autocast, config.training.clip_norm, device)
-    return parts, Trained(model, optimizer, ema), total_steps
+    parts = Parts(model, optimizer, ema, objective, learning_rate, autocast, clipping, device, adaptation, frozen, fused)
+    return parts, Trained(model, optimizer, ema, adaptation, clipping), total_steps
+
+
+def build_ema(config: Config, model: torch.nn.Module, samples_per_epoch: int) -> Ema | None:
+    """The averages of the weights, if the config asks for them."""
+    section, decay, per_step = config.ema, config.ema.decay, samples_per_step(config)
+    if not section.enabled:
+        return None
+    if section.half_life is not None:
+        half_life = section.half_life.in_samples(samples_per_step=per_step, samples_per_epoch=samples_per_epoch)
+        decay = decay_of_half_life(half_life, per_step)
+    device = torch.device("cpu") if section.device == "cpu" else None
+    settings: dict[str, Any] = {"warmup": section.warmup, "device": device, "power_stds": section.power_stds}
+    return Ema(trained_parameters(model), decay=decay, samples_per_step=per_step, **settings)
 
 
 def samples_per_step(config: Config) -> int:
     return config.training.batch_size * config.training.accumulation_steps
 
 
-def build_reader(config: Config, data: Prepared) -> BatchReader:
+def build_reader(config: Config, base: BaseModel, data: Prepared) -> BatchReader:
     order = Order(config.run.seed, data.layout.groups, config.training.batch_size)
     draws = Draws(
         config.run.seed, samples_per_step(config), flip_prob=config.crop.flip_prob, dropout_prob=config.captions.dropout_prob,
-        dropout_zeros_share=config.captions.dropout_zeros_share,
+        dropout_zeros_share=config.captions.dropout_zeros_share, noise=noise_kind(config), spread=config.timesteps.spread,
+        densities=choose_densities(config, base, data.layout.plan.shapes),
     )  # fmt: skip
     return BatchReader(data.entries, data.train, order, draws, policies=data.layout.policies, drop_probs=data.layout.drop_probs)
 
@@ -243,43 +291,59 @@ def open_wandb(config: Config, folder: Path) -> Tracker:
     )
 
 
-def look_tasks(config: Config, base: BaseModel, objective: Objective, data: Prepared, run: Run, tracker: Tracker) -> tuple[Task, ...]:
+def build_validation(config: Config, objective: Objective, data: Prepared, folder: Path) -> Validation:
+    """The pictures that are measured, and the noise levels."""
+    section, terminal = config.validation, objective.schedule.zero_terminal_snr  # flows end there too
+    timesteps = validation_timesteps(section.timesteps, config.timesteps.lowest, config.timesteps.highest, terminal=terminal)
+    held_out, known = (ValidationSet(data.entries, side, timesteps, config.training.batch_size) for side in (data.held_out, data.known))
+    kinds = ("trained" if data.layout.held_out_is_trained else "held out", "trained")
+    return Validation(held_out, known, folder / "worst.txt", section.worst, kinds)
+
+
+def look_tasks(
+    config: Config, base: BaseModel, objective: Objective, data: Prepared, run: Run, tracker: Tracker, watch: Watch
+) -> tuple[Task, ...]:
     """The tasks that look at the model: validation and sample pictures."""
     tasks = []
     if config.validation.every is not None:
-        timesteps = midpoint_timesteps(config.validation.timesteps, terminal=objective.schedule.zero_terminal_snr)
-        chosen = ValidationSet(data.entries, data.held_out, tuple(timesteps), config.training.batch_size)
+        chosen = build_validation(config, objective, data, run.folder)
         every = Every(config.validation.every, data.samples_per_epoch)
-        tasks.append(Task(every, validate_action(run.parts, chosen, tracker, run.display)))
+        tasks.append(Task(every, validate_action(run.parts, chosen, tracker, run.display, watch)))
     if config.samples.every is not None and config.samples.prompts:
         entries = {prompt: data.stores.texts.read(key) for prompt, key in data.layout.prompts.items()}
         embeds = {prompt: (entry["prompt_embeds"], entry["pooled"]) for prompt, entry in entries.items()}
-        request = replace(sample_request(config, base, run.parts.device, embeds), autocast=run.parts.autocast)
+        size_hw = most_trained_size(data.layout)
+        request = replace(sample_request(config, base, objective, run.parts.device, embeds, size_hw), autocast=run.parts.autocast)
+        request = replace(request, averaged=config.samples.weights == "average")
         every = Every(config.samples.every, data.samples_per_epoch)
         tasks.append(Task(every, sample_action(run.parts, request, run.folder / "samples", tracker, run.display)))
     return tuple(tasks)
 
 
-def build_tasks(config: Config, data: Prepared, run: Run, tracker: Tracker, looks: tuple[Task, ...], saver: Saver) -> tuple[Task, ...]:
+def build_tasks(
+    config: Config, data: Prepared, run: Run, tracker: Tracker, looks: tuple[Task, ...], snapshots: Action, saver: Saver
+) -> tuple[Task, ...]:
     """All tasks, in the order in which they are done."""
     log_every = Every(config.tracking.log_every, data.samples_per_epoch)
     return (
         Task(log_every, log_action(tracker)),
         Task(log_every, timings_action(run.folder / "timings.jsonl")),
         *looks,
-        Task(Every(config.checkpoints.every, data.samples_per_epoch), saver),
+        Task(Every(config.ema.snapshot_every, data.samples_per_epoch), snapshots),
+        *saving_tasks(saver, Every(config.checkpoints.every, data.samples_per_epoch)),
+        Task(Every(config.validation.every, data.samples_per_epoch), saver.save_best),
     )
 
 
-def sample_request(config: Config, base: BaseModel, device: torch.device, embeds: dict[str, TextEmbeds]) -> SampleRequest:
-    """The prompts of the config with their embeddings, by prompt."""
-    section = config.samples
-    return SampleRequest(
-        base=base, device=device, prompts=section.prompts, positives=tuple(embeds[prompt] for prompt in section.prompts),
-        negative=None if section.negative_prompt is None else embeds[section.negative_prompt],
-        height=section.height, width=section.width, num_steps=section.steps, guidance_scale=section.guidance_scale,
-        guidance_rescale=section.guidance_rescale, seed=section.seed,
-    )  # fmt: skip
+def most_trained_size(layout: Layout) -> tuple[int, int]:
+    """Height and width of the bucket that most samples come from, in pixels."""
+    height, width = layout.plan.shapes[int(np.argmax(bucket_samples(layout)))].tolist()
+    return height, width
+
+
+def bucket_samples(layout: Layout) -> list[float]:
+    """How many samples of an epoch come from each bucket."""
+    return [sum(group.count * float(group.repeats) for group in groups) for groups in layout.groups]
 
 
 def environment() -> dict[str, Any]:
@@ -292,67 +356,3 @@ def environment() -> dict[str, Any]:
         "aquatint": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "diffusers": diffusers.__version__, "transformers": transformers.__version__, "gpu": gpu,
     }  # fmt: skip
-
-
-def trained_weights(config: Config, name: str | None) -> tuple[Path, dict[str, LazyTensor]]:
-    """The weights of a checkpoint (the newest if no name is given): the average if there is one. Raises UsageError."""
-    checkpoints = config.run.folder / config.run.name / "checkpoints"
-    path = checkpoints / name if name else checkpoint.newest(checkpoints)[0]
-    if path is None or not path.is_dir():
-        known = ", ".join(entry.name for entry in checkpoint.sorted_checkpoints(checkpoints)) or "none"
-        raise UsageError(
-            f"there is no checkpoint {name or ''} in {checkpoints}".replace("  ", " "),
-            hint=f"checkpoints there: {known}; `aquatint train` makes them",
-        )
-    table = "ema" if (path / "ema.safetensors").exists() else "unet"
-    return path, checkpoint.lazy_weights(path / f"{table}.safetensors")
-
-
-def export_run(
-    config: Config,
-    checkpoint_name: str | None = None,
-    output: Path | None = None,
-    formats: tuple[Literal["single_file", "diffusers"], ...] = (),
-) -> tuple[Path, ...]:
-    """Exports a checkpoint of a run. `output` is a path without its ending; `formats` are the config's if none are given."""
-    base = open_base(config.model.base, config.model.vae)
-    path, weights = trained_weights(config, checkpoint_name)
-    section = config.export
-    if formats:
-        section = section.model_copy(update={"single_file": "single_file" in formats, "diffusers_folder": "diffusers" in formats})
-    target = output or config.run.folder / config.run.name / "export" / f"{config.run.name}-{path.name}"
-    return export_model(base, weights, target, section, config.run.name, choose_objective(config, base), config.buckets.resolution)
-
-
-def sample_pictures(config: Config, checkpoint_name: str | None = None) -> np.ndarray:
-    """A picture per prompt of the config, uint8 (B, H, W, 3): from a checkpoint, or from the base if no run goes by its name."""
-    base = open_base(config.model.base, config.model.vae)
-    device = choose_device(config.training.device)
-    unet = base.load_unet(torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
-    if checkpoint_name is not None:
-        with torch.no_grad():
-            weights = trained_weights(config, checkpoint_name)[1]
-            for name, parameter in unet.named_parameters():
-                parameter.copy_(weights[name].load())
-    section = config.samples
-    texts = sorted({"", *section.prompts, *([section.negative_prompt] if section.negative_prompt is not None else [])})
-    embeds = dict(zip(texts, base.caption_encoder(device).encode(texts), strict=True))
-    request = sample_request(config, base, device, embeds)
-    return make_samples(unet.eval(), choose_objective(config, base), request)
-
-
-def sample_run(config: Config, prompts: list[str], checkpoint_name: str | None = None, output: Path | None = None) -> Path:
-    """Writes a sheet of pictures of `prompts` (the config's if none are given), from the newest checkpoint or, without one, the base."""
-    folder = config.run.folder / config.run.name
-    chosen = tuple(prompts) or config.samples.prompts
-    if not chosen:
-        raise UsageError("there is no prompt", hint='give one: aquatint sample run.toml "a photo of ..."')
-    if checkpoint_name is None and checkpoint.sorted_checkpoints(folder / "checkpoints"):
-        checkpoint_name = trained_weights(config, None)[0].name
-    say(f"sampling from {checkpoint_name or config.model.base.name}")
-    pictures = sample_pictures(
-        config.model_copy(update={"samples": config.samples.model_copy(update={"prompts": chosen})}), checkpoint_name
-    )
-    target = output or folder / "samples" / "sample.png"
-    save_png(target, contact_sheet(list(pictures), list(chosen), columns=min(4, len(chosen))))
-    return target

@@ -129,7 +129,7 @@ def names_of(manifest: Manifest) -> list[str]:
 
 def keys_of(layout: Layout) -> dict[str, Keys]:
     """The keys (n, 16) of all entries that a layout uses, each once, by store."""
-    sides = (layout.train.samples, layout.held_out.samples)
+    sides = (layout.train.samples, layout.held_out.samples, layout.known.samples)
     prompts = np.frombuffer(b"".join(layout.prompts.values()), np.uint8).reshape(-1, 16)
     masks = [side.mask_keys.reshape(-1, 16) for side in sides if side.mask_keys is not None]
     return {

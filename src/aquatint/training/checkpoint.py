@@ -13,51 +13,98 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from aquatint.errors import ResumeError
+from aquatint.optim.clipping import Clipping
 from aquatint.storage import atomic_folder, digest_file, remove_folder, remove_temporaries, storage_errors, write_json
 from aquatint.tensor_file import LazyTensor, TensorFile, dtype_name, torch_dtype, write_tensors
+from aquatint.training.adaptation import Adaptation
 from aquatint.training.ema import Ema
+from aquatint.training.parallelize import trained_parameters
 from aquatint.training.state import TrainState
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
 
+class Tabled(Protocol):
+    """What a checkpoint is written from: tensors by name, in tables by the name of their file."""
+
+    def tables(self) -> Mapping[str, Mapping[str, torch.Tensor]]: ...
+
+
+class Savable(Tabled, Protocol):
+    """Whatever a checkpoint can hold."""
+
+    def fill_from(self, path: Path) -> None: ...
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The tensors of a run: the model whose named parameters are trained, its optimizer, and its average."""
+    """The tensors of a run: the model, of which what requires gradients is trained and saved, its optimizer, and its average."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None
+    adaptation: Adaptation | None = None
+    clipping: Clipping | None = None
+
+    def tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What is saved, by the name of its file."""
+        tables: dict[str, Mapping[str, torch.Tensor]] = {
+            "unet": trained_parameters(self.model),
+            "optimizer": optimizer_tensors(self),
+        }
+        if self.adaptation is not None:
+            tables["loss"] = self.adaptation.tensors()
+        if self.clipping is not None and self.clipping.state:
+            tables["clipping"] = self.clipping.state
+        return tables if self.ema is None else {**tables, **self.ema.tables()}
+
+    def fill_from(self, path: Path) -> None:
+        """Takes everything from a checkpoint. Raises ResumeError if it is of another model or optimizer."""
+        fill(path / "unet.safetensors", trained_parameters(self.model))
+        for name, average in self.ema.tables().items() if self.ema is not None else ():
+            fill_average(path / f"{name}.safetensors", average)
+        if self.adaptation is not None:
+            fill(path / "loss.safetensors", self.adaptation.tensors())
+        if self.clipping is not None and (path / "clipping.safetensors").exists():  # else it was clipped in another way before
+            fill(path / "clipping.safetensors", self.clipping.state)
+        restore_optimizer(path / "optimizer.safetensors", self)
 
 
-def save(folder: Path, trained: Trained, state: TrainState, *, plan_digest: str, keep: int) -> Path:
-    """Saves under `folder/step-N`, then removes all but the newest `keep`. Raises StorageError; older ones stay whole."""
+def save(folder: Path, trained: Tabled, state: TrainState, *, plan_digest: str, keep: int, best_step: int | None = None) -> Path:
+    """Saves under `folder/step-N`, then removes all but the newest `keep` and that of `best_step`.
+
+    Raises StorageError; older ones stay whole.
+    """
     path = folder / f"step-{state.step:06}"
     if not path.exists():
         with atomic_folder(path) as temporary:
-            tables = {"unet": dict(trained.model.named_parameters()), "optimizer": optimizer_tensors(trained)}
-            if trained.ema is not None:
-                tables["ema"] = trained.ema.average
+            tables = trained.tables()
             files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", table) for name, table in tables.items()}
             write_json(temporary / "state.json", {"schema": SCHEMA, "plan_digest": plan_digest, "state": state.as_json()})
             files["state.json"] = digest_file(temporary / "state.json")
             entries = {name: {"sha256": digest, "bytes": (temporary / name).stat().st_size} for name, digest in files.items()}
             write_json(temporary / "manifest.json", {"schema": SCHEMA, "files": entries})
     for old in sorted_checkpoints(folder)[keep:]:
-        remove_folder(old)
+        if step_of(old) != best_step:
+            remove_folder(old)
     return path
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(path.name.removeprefix("step-"))
 
 
 def sorted_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, newest first. Whether they are whole is another question: see `problem_of`."""
     found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def problem_of(path: Path) -> str | None:
@@ -95,7 +142,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def restore(path: Path, trained: Trained, *, plan_digest: str, accept_changes: bool = False) -> TrainState:
+def restore(path: Path, trained: Savable, *, plan_digest: str, accept_changes: bool = False) -> TrainState:
     """Fills `trained` from a checkpoint. Raises ResumeError if it is of another model, optimizer or picture set."""
     saved = json.loads((path / "state.json").read_text())
     if saved["plan_digest"] != plan_digest and not accept_changes:
@@ -103,11 +150,18 @@ def restore(path: Path, trained: Trained, *, plan_digest: str, accept_changes: b
             f"the pictures, captions or buckets are not those that {path} was trained on",
             hint="undo the change, or add --accept-changes to go on with the new data from here",
         )
-    fill(path / "unet.safetensors", dict(trained.model.named_parameters()))
-    if trained.ema is not None:
-        fill(path / "ema.safetensors", trained.ema.average)
-    restore_optimizer(path / "optimizer.safetensors", trained)
+    trained.fill_from(path)
     return TrainState(**saved["state"])
+
+
+def fill_average(path: Path, average: Mapping[str, torch.Tensor]) -> None:
+    """`fill` for an average, which a checkpoint may well be without. Raises ResumeError then."""
+    if not path.exists():
+        raise ResumeError(
+            f"{path.parent} does not hold the average `{path.stem}` that the config asks for",
+            hint="an average begins with its run: set the `ema` settings back, or give the run another name",
+        )
+    fill(path, average)
 
 
 @torch.no_grad()
@@ -133,13 +187,15 @@ def optimizer_tensors(trained: Trained) -> dict[str, torch.Tensor]:
     """The optimizer's state as `parameter name/key` -> tensor. Every value of ours and of torch's AdamW is a tensor."""
     states = trained.optimizer.state
     return {
-        f"{name}/{key}": value for name, parameter in trained.model.named_parameters() for key, value in states.get(parameter, {}).items()
+        f"{name}/{key}": value
+        for name, parameter in trained_parameters(trained.model).items()
+        for key, value in states.get(parameter, {}).items()
     }
 
 
 def restore_optimizer(path: Path, trained: Trained) -> None:
     """Puts the saved state into the optimizer, dtypes untouched. Raises ResumeError if it is another optimizer's."""
-    parameters = dict(trained.model.named_parameters())
+    parameters = trained_parameters(trained.model)
     fused = {p for group in trained.optimizer.param_groups if group.get("fused") for p in group["params"]}
     with storage_errors("read", path), TensorFile(path) as file:
         states: dict[str, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 A snapshot is a file `step-001000-std-0.050.safetensors` with the difference between the average and the base model, as float16. Fine-tuning
 moves weights by so little that the weights themselves as float16 would lose a good part of it; of the difference, a 2000th is lost.
+What an adapter adds is no change of a weight: its averages are written as they are, in float32.
 """
 
 from __future__ import annotations
@@ -62,15 +63,17 @@ def write_snapshots(folder: Path, ema: Ema, base: BaseModel, state: TrainState) 
         if not path.exists():
             metadata = {"std": repr(std), "step": str(state.step), "samples": str(state.samples_seen), "base": base.digest("unet")}
             origin = base.component("unet")
-            differences = {
-                name: LazyTensor(torch.float16, origin[name].shape, partial(_difference, name, tensor, origin[name]))
-                for name, tensor in track.items()
-            }
-            write_tensors(path, differences, metadata)
+            write_tensors(path, {name: _snapshot_tensor(name, tensor, origin.get(name)) for name, tensor in track.items()}, metadata)
 
 
-def _difference(name: str, average: torch.Tensor, origin: LazyTensor) -> torch.Tensor:
-    difference = (average.cpu() - origin.load().to(torch.float32)).to(torch.float16)
+def _snapshot_tensor(name: str, average: torch.Tensor, origin: LazyTensor | None) -> LazyTensor:
+    """What is written of one average: its difference as float16, or all of it as float32 where the base has no such weight."""
+    dtype = torch.float32 if origin is None else torch.float16
+    return LazyTensor(dtype, tuple(average.shape), partial(_difference, name, average, origin))
+
+
+def _difference(name: str, average: torch.Tensor, origin: LazyTensor | None) -> torch.Tensor:
+    difference = average.cpu() if origin is None else (average.cpu() - origin.load().to(torch.float32)).to(torch.float16)
     if not difference.isfinite().all():
         raise NumericalError(
             f"the average of the weight `{name}` is not a finite number, or more than 65504 away from the base model",
@@ -158,16 +161,18 @@ def rebuilt(folder: Path, std: float, step: int | None, base: BaseModel) -> Iter
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(TensorFile(snapshot.path)) for snapshot in used]
         shares = [float(share) for share in mix.shares]
+        origin = base.component("unet")
         weights = {
-            name: LazyTensor(torch.float32, origin.shape, partial(_mixed, name, origin, files, shares))
-            for name, origin in base.component("unet").items()
+            name: LazyTensor(torch.float32, info.shape, partial(_mixed, name, origin.get(name), files, shares))
+            for name, info in files[0].tensors.items()
         }
         yield Rebuilt(std, step, used, mix, weights)
 
 
-def _mixed(name: str, origin: LazyTensor, files: Sequence[TensorFile], shares: Sequence[float]) -> torch.Tensor:
+def _mixed(name: str, origin: LazyTensor | None, files: Sequence[TensorFile], shares: Sequence[float]) -> torch.Tensor:
     """One tensor, summed in float64. The shares add up to 1, so the base counts once."""
-    total = origin.load().to(torch.float64)
+    shape = files[0].tensors[name].shape
+    total = torch.zeros(shape, dtype=torch.float64) if origin is None else origin.load().to(torch.float64)
     for file, share in zip(files, shares, strict=True):
         total.add_(file.read(name), alpha=share)
     return total.to(torch.float32)

@@ -1,4 +1,4 @@
-"""The finished model as files that other programs load."""
+"""The finished model, or the adapter that was trained beside it, as files that other programs load."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 
 from aquatint.config.schema import ExportSection
+from aquatint.models.adapter_export import write_adapter
+from aquatint.models.adapter_metadata import TagFrequency, adapter_metadata
+from aquatint.models.adapter_shapes import AdapterSpec
 from aquatint.models.sdxl.export import export_diffusers, export_single_file, modelspec_metadata
 from aquatint.models.sdxl.load import BaseModel
+from aquatint.models.sdxl.process import Process
 from aquatint.storage import remove_folder
 from aquatint.tensor_file import LazyTensor
-from aquatint.training.step import Objective
 
 
 def export_model(
@@ -22,24 +25,53 @@ def export_model(
     target: Path,
     section: ExportSection,
     name: str,
-    objective: Objective,
+    process: Process,
     resolution: int,
 ) -> tuple[Path, ...]:
     """Writes what the section asks for: `target.safetensors`, and the folder `target`. Returns their paths."""
     dtype = getattr(torch, section.dtype)
-    what = {"prediction": objective.prediction, "zero_terminal_snr": objective.schedule.zero_terminal_snr}
     written = []
     if section.single_file:
         path = target.with_name(target.name + ".safetensors")
-        metadata = modelspec_metadata(
-            title=section.title or name, author=section.author, license=section.license,
-            date=datetime.now(UTC).isoformat(timespec="seconds"), resolution=f"{resolution}x{resolution}", **what,
-        )  # fmt: skip
-        export_single_file(path, base, weights, dtype=dtype, metadata=metadata, **what)
+        metadata = _modelspec(section, name, process, resolution)
+        export_single_file(path, base, weights, dtype=dtype, metadata=metadata, process=process)
         written.append(path)
     if section.diffusers_folder:
         if (target / "model_index.json").exists():
             remove_folder(target)  # an export of this very run: its weights are in the checkpoint
-        export_diffusers(target, base, weights, dtype=dtype, **what)
+        export_diffusers(target, base, weights, dtype=dtype, process=process)
         written.append(target)
     return tuple(written)
+
+
+def export_adapter(
+    base: BaseModel,
+    weights: Mapping[str, torch.Tensor | LazyTensor],
+    spec: AdapterSpec,
+    target: Path,
+    section: ExportSection,
+    name: str,
+    process: Process,
+    resolution: int,
+    tag_frequency: TagFrequency,
+) -> tuple[Path, ...]:
+    """Writes an adapter in each spelling that the section asks for: `target-lora.safetensors`, `target-lora-diffusers.safetensors`."""
+    written = []
+    for names in section.lora_names:
+        end = "-lora" if names == "kohya" else "-lora-diffusers"
+        path = target.with_name(f"{target.name}{end}.safetensors")
+        metadata = adapter_metadata(
+            spec, _modelspec(section, name, process, resolution), names=names, output_name=path.stem, base_name=base.path.name,
+            resolution=resolution, process=process, tag_frequency=tag_frequency,
+        )  # fmt: skip
+        dtype = getattr(torch, section.dtype)
+        write_adapter(path, weights, spec, base.spec.shapes("unet"), names=names, dtype=dtype, metadata=metadata)
+        written.append(path)
+    return tuple(written)
+
+
+def _modelspec(section: ExportSection, name: str, process: Process, resolution: int) -> dict[str, str]:
+    return modelspec_metadata(
+        title=section.title or name, author=section.author, license=section.license,
+        date=datetime.now(UTC).isoformat(timespec="seconds"), resolution=f"{resolution}x{resolution}", process=process,
+    )  # fmt: skip

@@ -58,7 +58,7 @@ def recipes_of(config: Config, encoder_digests: Mapping[str, str]) -> Recipes:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the data, trained or held out: row `i` of `samples` is row `rows[i]` of the manifest, cut as in `crops[i]`."""
+    """One side of the data, trained or measured: row `i` of `samples` is row `rows[i]` of the manifest, cut as in `crops[i]`."""
 
     samples: Samples
     rows: Rows
@@ -68,7 +68,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Layout:
-    """All of the run's samples. `groups` are what `sampler.Order` counts; `policies` and `drop_probs` render captions."""
+    """All of the run's samples. `groups` are what `sampler.Order` counts; `policies` and `drop_probs` render captions.
+
+    `known` are some of the trained pictures, measured beside those held out; none where nothing is held out.
+    """
 
     manifest: Manifest
     plan: bucketing.BucketPlan
@@ -78,6 +81,7 @@ class Layout:
     train: Side
     held_out: Side
     held_out_is_trained: bool
+    known: Side
     prompts: Mapping[str, bytes]
     policies: tuple[CaptionPolicy, ...]
     drop_probs: dict[str, float] | None
@@ -114,13 +118,14 @@ def lay_out(config: Config, manifest: Manifest, recipes: Recipes, focus: Mapping
     draft = _Draft(config, manifest, plan.shapes, recipes, focus)
     train = draft.side(rows, buckets, weights[order], policies, probs, varied=True)
     held_out, is_trained = _held_out(config, draft, plan, rows, buckets, held_rows, policies)
+    known = _known(config, draft, rows, buckets, policies, 0 if is_trained else config.validation.train_pictures)
     texts = sorted({"", *config.samples.prompts, *([config.samples.negative_prompt] if config.samples.negative_prompt is not None else [])})
     keys = text_keys(texts, recipes.texts)
     settled = tuple(replace(source, repeats=number) for source, number in zip(manifest.sources, repeats, strict=True))
     return Layout(
         manifest=replace(manifest, sources=settled), plan=plan, report=bucketing.report(plan, manifest.sizes_hw[train_rows], times),
         groups=_groups(buckets, manifest.source_of[rows], repeats, len(plan.shapes)), repeats=repeats, train=train, held_out=held_out,
-        held_out_is_trained=is_trained, prompts={text: key.tobytes() for text, key in zip(texts, keys, strict=True)},
+        held_out_is_trained=is_trained, known=known, prompts={text: key.tobytes() for text, key in zip(texts, keys, strict=True)},
         policies=policies, drop_probs=probs, tags=tags,
     )  # fmt: skip
 
@@ -173,19 +178,28 @@ def _held_out(
     policies: Sequence[CaptionPolicy],
 ) -> tuple[Side, bool]:
     """The pictures that are measured: those held out, or else some of the trained ones."""
-    is_trained = not len(held_rows)
+    if not len(held_rows):
+        return _known(config, draft, rows, buckets, policies, config.validation.max_pictures), True
     number = config.validation.max_pictures if config.validation.every is not None else 0
-    if is_trained:
-        own = np.flatnonzero(draft.manifest.has_role("train")[rows])
-        first = own[np.unique(draft.manifest.digests[rows[own]], axis=0, return_index=True)[1][:number]]  # of the lowest digests
-        held_rows, held_buckets = rows[first], buckets[first]
-    else:
-        held_rows = held_rows[by_content(draft.manifest.digests[held_rows])[0][:number]]
-        held_buckets = plan.place(draft.manifest.sizes_hw[held_rows])
-    order = by_bucket(held_buckets, np.zeros(len(held_rows), np.int16), draft.manifest.digests[held_rows])
+    held_rows = held_rows[by_content(draft.manifest.digests[held_rows])[0][:number]]
+    return _plain(draft, held_rows, plan.place(draft.manifest.sizes_hw[held_rows]), policies), False
+
+
+def _known(config: Config, draft: _Draft, rows: Rows, buckets: Int32s, policies: Sequence[CaptionPolicy], number: int) -> Side:
+    """So many of the trained pictures, those of the lowest digests, to be measured; none if nothing is."""
+    if config.validation.every is None:
+        number = 0
+    own = np.flatnonzero(draft.manifest.has_role("train")[rows])
+    order, first = by_content(draft.manifest.digests[rows[own]])
+    chosen = own[order[first[:number]]]
+    return _plain(draft, rows[chosen], buckets[chosen], policies)
+
+
+def _plain(draft: _Draft, rows: Rows, buckets: Int32s, policies: Sequence[CaptionPolicy]) -> Side:
+    """Pictures to be measured: one view and the caption as it is written of each, and all weigh the same."""
+    order = by_bucket(buckets, np.zeros(len(rows), np.int16), draft.manifest.digests[rows])
     plain = [replace(policy, shuffle=False, tag_drop_prob=0.0, categories=(), pick="first", variants=1) for policy in policies]
-    weights = np.ones(len(held_rows))
-    return draft.side(held_rows[order], held_buckets[order], weights, plain, None, varied=False), is_trained
+    return draft.side(rows[order], buckets[order], np.ones(len(rows)), plain, None, varied=False)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What happens to the model before it is trained, in a fixed order: cast, checkpoint, place."""
+"""What happens to the model before it is trained, in a fixed order: freeze and adapt, checkpoint, place."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -39,9 +40,19 @@ def weight_dtype(precision: Literal["bf16_mixed", "bf16_pure", "fp32"]) -> torch
     return torch.bfloat16 if precision == "bf16_pure" else torch.float32
 
 
-def ready_for_training(unet: Any, *, gradient_checkpointing: bool, device: torch.device) -> torch.nn.Module:
-    """The UNet with all weights trainable, on its device, recomputing activations if asked."""
-    unet.requires_grad_(True)
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What is trained of a model, by name: all of it, or the adapters of a frozen one."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def ready_for_training(
+    unet: Any, *, gradient_checkpointing: bool, device: torch.device, adapt: Callable[[Any], None] | None = None
+) -> torch.nn.Module:
+    """The UNet on its device, recomputing activations if asked. All weights are trained, or those that `adapt` adds while it freezes it."""
+    if adapt is None:
+        unet.requires_grad_(True)
+    else:
+        adapt(unet)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()

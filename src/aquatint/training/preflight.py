@@ -18,13 +18,15 @@ from aquatint.config.check import REMARKS, find
 from aquatint.config.schema import Config
 from aquatint.data.downloads import public_name
 from aquatint.errors import AquatintError, DataError, Problem, StorageError
+from aquatint.models.adapter_files import check_adapter
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec
-from aquatint.planning.disk import cache_bytes_per_picture, export_bytes
+from aquatint.planning.disk import cache_bytes_per_picture, checkpoint_bytes, exported_part
 from aquatint.planning.sources import Listing, is_remote, list_source, sources_of
+from aquatint.planning.trained import adapter_spec
 from aquatint.storage import check_writable, free_bytes
+from aquatint.training.process import conflicts, remarks
 
-EMA_BYTES = 4
 MIB, GIB = 1 << 20, 1 << 30
 _MAX_NAMED = 3  # files that a message names
 
@@ -81,11 +83,28 @@ def _inspect_base(found: Inspection) -> BaseModel | None:
         key = "model.vae" if section.vae is not None and _opens(section.base) else "model.base"
         found.problem(key, error.message, error.hint)
         return None
-    snr = ", zero terminal SNR" if base.zero_terminal_snr else ""
-    found.looked_at.append(f"base model: {base.path}: SDXL, {base.layout.replace('_', ' ')}, {base.prediction}{snr}")
-    if found.knows("model.prediction", "model.zero_terminal_snr"):
-        _compare_prediction(found, base)
+    found.looked_at.append(f"base model: {base.path}: SDXL, {base.layout.replace('_', ' ')}, {base.process.words()}")
+    if found.knows("model", "samples", "noise", "timesteps", "diffusion"):
+        against = list(conflicts(found.config, base))
+        for conflict in against:
+            found.problem(conflict.key, conflict.message, conflict.hint)
+        found.notices += [] if against else remarks(found.config, base)
+    if found.knows("adapter"):
+        _inspect_start(found, base)
     return base
+
+
+def _inspect_start(found: Inspection, base: BaseModel) -> None:
+    """Whether an adapter can start from the file that it is to start from."""
+    spec, path = adapter_spec(found.config), found.config.adapter.start_from
+    if spec is None or path is None:
+        return
+    try:
+        check_adapter(path, base.spec.shapes("unet"), spec)
+    except AquatintError as error:
+        found.problem("adapter.start_from", error.message, error.hint)
+    else:
+        found.looked_at.append(f"adapter: {path}: {spec.kind} of rank {spec.rank}")
 
 
 def _opens(path: Path) -> bool:
@@ -94,31 +113,6 @@ def _opens(path: Path) -> bool:
     except AquatintError:
         return False
     return True
-
-
-def _compare_prediction(found: Inspection, base: BaseModel) -> None:
-    """What the config wants the model to predict, against what the base was trained for."""
-    wanted, terminal = found.config.model.prediction, found.config.model.zero_terminal_snr
-    if wanted == "epsilon" and base.prediction == "v_prediction":
-        found.problem(
-            "model.prediction",
-            f'`model.prediction = "epsilon"`, but {base.path.name} was trained for v_prediction',
-            "its pictures would turn into noise: leave out `model.prediction`",
-        )
-    if wanted == "auto" and base.prediction == "epsilon" and terminal is True:
-        found.problem(
-            "model.zero_terminal_snr",
-            f"`model.zero_terminal_snr` cannot go with {base.path.name}, which was trained for epsilon",
-            "its last timestep is pure noise, and from that no picture can be worked out by predicting the noise: "
-            'set `model.prediction = "v_prediction"` to retrain it, or leave out `model.zero_terminal_snr`',
-        )
-    if wanted == "v_prediction" and base.prediction == "epsilon":
-        found.notices.append(
-            f"{base.path.name} was trained for epsilon and will be retrained for v_prediction: "
-            "its pictures will be broken at first, and need thousands of steps to recover"
-        )
-    if terminal is False and base.zero_terminal_snr:
-        found.notices.append(f"{base.path.name} was trained with zero terminal SNR, which the config turns off")
 
 
 def _list_sources(found: Inspection) -> dict[int, Listing]:
@@ -231,15 +225,16 @@ def _inspect_space(found: Inspection, spec: ModelSpec, num_pictures: int) -> Non
     """Compares what the run and its cache still need with the space on their disks, which may be one and the same."""
     config = found.config
     one = checkpoint_bytes(config, spec)
-    checkpoints = one * (config.checkpoints.keep + 1)  # one more while it is written
-    exports = export_bytes(config, spec) * (config.export.single_file + config.export.diffusers_folder)
+    keep = config.checkpoints.keep + config.checkpoints.keep_best
+    checkpoints = one * (keep + 1)  # one more while it is written
+    exports = exported_part(config, spec).bytes
     cache = cache_bytes_per_picture(config, spec) * num_pictures
     folders = {"run.folder": config.run.folder, "cache.folder": config.cache.folder}
     needs = {
         "run.folder": max(0, checkpoints + exports - size_of(config.run.folder / config.run.name)),
         "cache.folder": max(0, cache - size_of(config.cache.folder)),
     }
-    parts = f"{config.checkpoints.keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}, cache {gib(cache)}"
+    parts = f"{keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}, cache {gib(cache)}"
     disks: dict[int, list[str]] = {}
     for key, folder in folders.items():
         disks.setdefault(_existing(folder).stat().st_dev, []).append(key)
@@ -250,13 +245,6 @@ def _inspect_space(found: Inspection, spec: ModelSpec, num_pictures: int) -> Non
         if need > free:
             message = f"the disk of {names} is too small: about {gib(need)} needed, {gib(free)} free"
             found.problem(keys[0], message, f"free some space, choose another disk, or lower `checkpoints.keep` ({parts})")
-
-
-def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
-    """About the size of one checkpoint: weights, optimizer state and moving average."""
-    weight = 2 if config.training.precision == "bf16_pure" else 4
-    state = 0 if config.optimizer.name == "adafactor" else 2 * weight  # AdamW's moments; Adafactor's are too small to count
-    return spec.num_parameters("unet") * (weight + state + (EMA_BYTES if config.ema.enabled else 0))
 
 
 def size_of(folder: Path) -> int:

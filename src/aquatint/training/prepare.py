@@ -23,12 +23,12 @@ from aquatint.data.samples import Keys, Samples, Words
 from aquatint.data.shards import ShardStore
 from aquatint.errors import DataError, StorageError
 from aquatint.models.sdxl.load import BaseModel, open_base
-from aquatint.models.sdxl.model import VAE_SCALING_FACTOR
 from aquatint.models.sdxl.tokenizer import chunk_report
 from aquatint.training.find import find_pictures, opener_of, read_quarantine, write_quarantine
 from aquatint.training.focus_points import focus_points
 from aquatint.training.layout import Layout, Recipes, Side, latent_requests, lay_out, mask_requests, plan_digest, recipes_of
 from aquatint.training.parallelize import choose_device
+from aquatint.training.process import wanted_process
 from aquatint.training.reasons import Wanted, in_words, name_digests, reasons, remember, remembered
 from aquatint.utils.progress import track
 
@@ -75,6 +75,10 @@ class Prepared:
     def held_out(self) -> Samples:
         return self.layout.held_out.samples
 
+    @property
+    def known(self) -> Samples:
+        return self.layout.known.samples
+
     @cached_property
     def samples_per_epoch(self) -> int:
         """To the nearest sample: with broken repeats an epoch may have one more or less."""
@@ -110,8 +114,9 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
             break
     build.remember()
     entries = Entries(
-        stores.latents, stores.texts, stores.masks, VAE_SCALING_FACTOR, layout.prompts[EMPTY], mask_floor=config.data.mask_floor
-    )
+        stores.latents, stores.texts, stores.masks, wanted_process(config, base).latents, layout.prompts[EMPTY],
+        mask_floor=config.data.mask_floor,
+    )  # fmt: skip
     return Prepared(layout, stores, entries, plan_digest(config, layout))
 
 
@@ -169,8 +174,8 @@ class _Build:
         return failures
 
     @property
-    def sides(self) -> tuple[Side, Side]:
-        return self.layout.train, self.layout.held_out
+    def sides(self) -> tuple[Side, Side, Side]:
+        return self.layout.train, self.layout.held_out, self.layout.known
 
     @cached_property
     def engine(self) -> Engine:
@@ -224,7 +229,7 @@ class _Build:
         if not missing.any():
             return {}
         rows = np.flatnonzero(missing.any(axis=1))
-        which, label = ("latents", "pictures") if side is self.layout.train else ("held_out", "held out")
+        which, label = self._names_of(side)
         count = _count_different(side.samples.latent_keys[missing])
         views = f" views of {len(rows):,} pictures" if side.samples.num_views > 1 else ""
         self.say(f"{label:<12}{count:,}{views} to encode{self._why(which, rows)}")
@@ -239,6 +244,12 @@ class _Build:
 
     # Why it is missing
 
+    def _names_of(self, side: Side) -> tuple[str, str]:
+        """What the latents of a side are remembered as, and what they are called."""
+        if side is self.layout.train:
+            return "latents", "pictures"
+        return ("held_out", "held out") if side is self.layout.held_out else ("known", "measured")
+
     def _why(self, kind: str, rows: npt.NDArray[np.int64]) -> str:
         """`: 3 new, 1 whose file changed`, of the pictures that what is missing belongs to."""
         found = reasons(self._wanted(kind), remembered(self._memory(kind)), rows)
@@ -247,7 +258,7 @@ class _Build:
     def remember(self) -> None:
         """Keeps what was wanted, for the next time something is missing. It is no loss if that fails."""
         with contextlib.suppress(StorageError):
-            for kind in ("latents", "held_out", "texts"):
+            for kind in ("latents", "held_out", "known", "texts"):
                 remember(self._memory(kind), self._wanted(kind))
 
     def _memory(self, kind: str) -> Path:
@@ -258,7 +269,7 @@ class _Build:
         )
 
     def _wanted(self, kind: str) -> Wanted:
-        side = self.layout.held_out if kind == "held_out" else self.layout.train
+        side = {"held_out": self.layout.held_out, "known": self.layout.known}.get(kind, self.layout.train)
         samples, section = side.samples, self.config.cache
         names = name_digests([samples.names[row] for row in range(len(samples))])
         if kind == "texts":

@@ -12,7 +12,8 @@ from aquatint.errors import ResumeError
 # These change nothing of what is trained. The pictures themselves are compared by content, whatever their path.
 FREE = (
     "run.folder", "model.base", "model.vae", "data.", "cache.", "loader.", "validation.", "samples.", "checkpoints.", "export.",
-    "tracking.", "training.length", "training.device", "training.max_bad_steps",
+    "tracking.", "training.length", "training.device", "training.max_bad_steps", "vae_training.", "evaluation.",
+    "ema.snapshot_every", "adapter.start_from",
 )  # fmt: skip
 
 
@@ -24,19 +25,32 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def decides_training(name: str) -> bool:
+    """Whether the UNet's training depends on a setting."""
+    return not name.startswith(FREE)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], decides: Callable[[str], bool] = decides_training) -> list[str]:
     """The settings that decide the training and differ, as `name: old -> new`."""
     before, after = flatten(old), flatten(new)
     different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in different if not name.startswith(FREE)]
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in different if decides(name)]
 
 
-def accept_config(folder: Path, new: Mapping[str, Any], *, resuming: bool, accept_changes: bool, say: Callable[[str], None]) -> None:
+def accept_config(
+    folder: Path,
+    new: Mapping[str, Any],
+    *,
+    resuming: bool,
+    accept_changes: bool,
+    say: Callable[[str], None],
+    decides: Callable[[str], bool] = decides_training,
+) -> None:
     """Compares the config with the run's own. Raises ResumeError for a change that was not asked for with a flag."""
     path = folder / "config.json"
     if not resuming or not path.exists():
         return
-    found = changes(json.loads(path.read_text()), new)
+    found = changes(json.loads(path.read_text()), new, decides)
     if found and not accept_changes:
         raise ResumeError(
             f"the run in {folder} was started with other settings: " + "; ".join(found),

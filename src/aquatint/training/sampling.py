@@ -11,16 +11,20 @@ import numpy as np
 import torch
 
 from aquatint.data.image import contact_sheet, save_png
-from aquatint.models.sdxl.generate import generate
+from aquatint.diffusion.schedule import Schedule
+from aquatint.models.sdxl.generate import Steps, generate
 from aquatint.models.sdxl.load import BaseModel
-from aquatint.training.step import Objective
+from aquatint.training.objective import Objective
 
 TextEmbeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (77 n, D), pooled (P,)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to make. `negative` is None for the zero unconditional. `base` lends the autoencoder while pictures are made."""
+    """What to make. `negative` is None for the zero unconditional. `base` lends the autoencoder while pictures are made.
+
+    `schedule` is the one that is sampled: it may be the trained one with other ends.
+    """
 
     base: BaseModel
     device: torch.device
@@ -29,11 +33,12 @@ class SampleRequest:
     negative: TextEmbeds | None
     height: int
     width: int
-    num_steps: int
-    guidance_scale: float
-    guidance_rescale: float
+    schedule: Schedule
+    steps: Steps
     seed: int
     autocast: bool = False
+    averaged: bool = True
+    """Whether a training run draws with its moving average."""
     batch_size: int = 8
 
 
@@ -45,11 +50,10 @@ def make_samples(unet: Any, objective: Objective, request: SampleRequest) -> np.
         negative = request.negative and stack([request.negative] * len(indices), request.device)
         pictures.append(
             generate(
-                unet, vae, objective.schedule, objective.prediction,
+                unet, vae, request.schedule, objective.prediction,
                 stack([request.positives[i] for i in indices], request.device), negative,
-                seed=request.seed, positions=indices, height=request.height, width=request.width, num_steps=request.num_steps,
-                guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
-                autocast=request.autocast,
+                steps=request.steps, seed=request.seed, positions=indices, height=request.height, width=request.width,
+                sigma_data=objective.sigma_data, scaling=objective.scaling, autocast=request.autocast,
             )
         )  # fmt: skip
     order = [i for indices in same_length(request.positives, request.batch_size) for i in indices]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from aquatint.data.batch import Batch
 from aquatint.errors import AquatintError, NumericalError
+from aquatint.training.breakdown import Breakdown
 from aquatint.training.state import Every, TrainState
 from aquatint.training.step import Parts, StepReport, train_step
 
@@ -52,6 +53,10 @@ class Run:
     max_bad_steps: int
     tasks: tuple[Task, ...]
     display: Display
+    step: Callable[[Any, Sequence[Any], int], StepReport] | None = None  # what a step is, if not the UNet's
+    rate_setting: str = "optimizer.learning_rate"
+    breakdown: Breakdown | None = None
+    has_ended: Callable[[], bool] = lambda: False  # whether the run is over before its length is reached
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ def graceful_stop() -> Iterator[StopRequest]:
 
 
 def train(run: Run, stop: StopRequest) -> TrainResult:
-    """Trains until the end of the run or a request to stop. Raises NumericalError after too many bad steps in a row."""
+    """Trains until the run is over or somebody asks for a stop. Raises NumericalError after too many bad steps in a row."""
     state = run.state
     with contextlib.closing(run.stream(state)) as batches:
-        while state.step < run.total_steps and not stop.asked:
+        while not is_over(run, state) and not stop.asked:
             started = time.perf_counter()
             try:
                 micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
@@ -100,9 +105,10 @@ def train(run: Run, stop: StopRequest) -> TrainResult:
                     break
                 raise
             waited = time.perf_counter() - started
-            report = train_step(run.parts, micro_batches, state.step)
+            report = (run.step or train_step)(run.parts, micro_batches, state.step)
             seconds = time.perf_counter() - started
-            before, state = state, state.advance(samples=report.samples, loss=report.loss, finite=report.finite)
+            parts = run.breakdown.of(report) if run.breakdown is not None else ()
+            before, state = state, state.advance(samples=report.samples, loss=report.loss, finite=report.finite, parts=parts)
             guard(run, state, report)
             run.display.update(
                 state.step,
@@ -113,7 +119,12 @@ def train(run: Run, stop: StopRequest) -> TrainResult:
             )
             for task in run.tasks:
                 state = task.after(before, state, report)
-    return TrainResult(state, run.folder, stopped=state.step < run.total_steps)
+    return TrainResult(state, run.folder, stopped=not is_over(run, state))
+
+
+def is_over(run: Run, state: TrainState) -> bool:
+    """Whether there is nothing left to train."""
+    return state.step >= run.total_steps or run.has_ended()
 
 
 def guard(run: Run, state: TrainState, report: StepReport) -> None:
@@ -125,5 +136,5 @@ def guard(run: Run, state: TrainState, report: StepReport) -> None:
     if state.bad_steps >= run.max_bad_steps:
         raise NumericalError(
             f"the loss or gradient was not finite {state.bad_steps} steps in a row, last at step {state.step} (pictures: {names})",
-            hint="the last checkpoint is unharmed: go on from it with a lower optimizer.learning_rate, or look at those pictures",
+            hint=f"the last checkpoint is unharmed: go on from it with a lower {run.rate_setting}, or look at those pictures",
         )

@@ -34,8 +34,9 @@ from aquatint.training.ema import Ema
 from aquatint.training.find import find_pictures, opener_of, read_quarantine
 from aquatint.training.parallelize import choose_device
 from aquatint.training.resume import accept_config
+from aquatint.training.saver import Saver, saving_tasks, share_of_memory
 from aquatint.training.state import Every, TrainState
-from aquatint.training.tasks import Saver, timings_action
+from aquatint.training.tasks import timings_action
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
 from aquatint.training.vae_looks import MAX_SHOWN, Sheet, decoded, log_action, sheet_action, validate_action
 from aquatint.training.vae_pictures import CropReader, CropStream, PictureBatch, by_source
@@ -143,7 +144,8 @@ def build_vae_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, 
     named = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
     tracker = stack.enter_context(contextlib.closing(open_trackers(named, folder, state.step)))
     display = stack.enter_context(Progress(total_steps, state.step))
-    saver = Saver(checkpoints, parts, digest, config.checkpoints.keep, display)
+    share = share_of_memory(config.checkpoints.background, parts.device)
+    saver = stack.enter_context(Saver(checkpoints, parts, digest, config.checkpoints.keep, display, memory_share=share))
     looks = (
         Task(Every(section.validation_every, data.samples_per_epoch), validate_action(parts, data.batches, tracker, display)),
         Task(Every(section.samples_every, data.samples_per_epoch), sheet_action(parts, sheet, folder / "samples", tracker)),
@@ -176,7 +178,7 @@ def build_tasks(config: Config, data: VaeData, folder: Path, tracker: Tracker, l
         Task(log_every, log_action(tracker)),
         Task(log_every, timings_action(folder / "timings.jsonl")),
         *looks,
-        Task(Every(config.vae_training.checkpoints_every, data.samples_per_epoch), saver),
+        *saving_tasks(saver, Every(config.vae_training.checkpoints_every, data.samples_per_epoch)),
     )
 
 

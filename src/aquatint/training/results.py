@@ -1,0 +1,166 @@
+"""What a run gives, during it and after: pictures from its weights, and exports. A part of the composition root."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from aquatint.config.schema import Config, ExportSection
+from aquatint.data.image import contact_sheet, save_png
+from aquatint.errors import UsageError
+from aquatint.models.adapters import attach, merged
+from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.planning.shapes import sample_size
+from aquatint.planning.trained import adapter_spec, trained_shapes
+from aquatint.tensor_file import LazyTensor
+from aquatint.training import checkpoint
+from aquatint.training.ema_snapshots import NOTABLE_RESIDUAL, rebuilt
+from aquatint.training.exports import export_adapter, export_model
+from aquatint.training.objective import Objective
+from aquatint.training.objectives import choose_objective, choose_process, sampling_schedule, sampling_steps
+from aquatint.training.parallelize import choose_device, trained_parameters
+from aquatint.training.sampling import SampleRequest, TextEmbeds, make_samples
+from aquatint.utils.progress import say
+
+TAGS_FILE = "tags.json"  # of an adapter's run: how often each tag is in its captions, for the metadata of the LoRA
+
+
+def trained_weights(config: Config, name: str | None, *, averaged: bool = True) -> tuple[Path, dict[str, LazyTensor]]:
+    """The weights of a checkpoint (the newest if no name is given): the average if there is one and it is wanted. Raises UsageError."""
+    checkpoints = config.run.folder / config.run.name / "checkpoints"
+    path = checkpoints / name if name else checkpoint.newest(checkpoints)[0]
+    if path is None or not path.is_dir():
+        known = ", ".join(entry.name for entry in checkpoint.sorted_checkpoints(checkpoints)) or "none"
+        raise UsageError(
+            f"there is no checkpoint {name or ''} in {checkpoints}".replace("  ", " "),
+            hint=f"checkpoints there: {known}; `aquatint train` makes them",
+        )
+    table = "ema" if averaged and (path / "ema.safetensors").exists() else "unet"
+    return path, checkpoint.lazy_weights(path / f"{table}.safetensors")
+
+
+@torch.no_grad()
+def load_unet(config: Config, base: BaseModel, checkpoint_name: str | None, device: torch.device) -> torch.nn.Module:
+    """The UNet to draw with: the base's, or with a checkpoint's weights, the average or the raw ones as `samples.weights` says."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    unet = base.load_unet(dtype)
+    if checkpoint_name is not None:
+        path, weights = trained_weights(config, checkpoint_name, averaged=config.samples.weights == "average")
+        check_fits(config, base, path, weights)
+        if (spec := adapter_spec(config)) is not None:
+            attach(unet, spec, dtype)
+        for name, parameter in trained_parameters(unet).items():
+            parameter.copy_(weights[name].load())
+    return unet.to(device).eval()  # type: ignore[no-any-return]
+
+
+def check_fits(config: Config, base: BaseModel, path: Path, weights: Mapping[str, LazyTensor]) -> None:
+    """Raises UsageError if a checkpoint does not hold what the config trains."""
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != trained_shapes(config, base.spec):
+        raise UsageError(
+            f"{path} does not hold what this config trains",
+            hint="set `model.base` and `adapter` as they were in the run: its folder has them in config.json, and can stand for the config",
+        )
+
+
+def export_weights(
+    config: Config, base: BaseModel, weights: Mapping[str, torch.Tensor | LazyTensor], target: Path, section: ExportSection
+) -> tuple[Path, ...]:
+    """Writes trained weights as the section asks for it: the model, or the adapter and on request the model with it. Returns the paths."""
+    spec, process, resolution = adapter_spec(config), choose_process(config, base), config.buckets.resolution
+    if spec is None:
+        return export_model(base, weights, target, section, config.run.name, process, resolution)
+    tags = config.run.folder / config.run.name / TAGS_FILE
+    frequency = json.loads(tags.read_text()) if tags.exists() else {}
+    written = export_adapter(base, weights, spec, target, section, config.run.name, process, resolution, frequency)
+    if section.merged:
+        whole = merged(base.component("unet"), weights, spec)
+        written += export_model(base, whole, target, section, config.run.name, process, resolution)
+    return written
+
+
+def export_run(
+    config: Config,
+    checkpoint_name: str | None = None,
+    output: Path | None = None,
+    formats: tuple[Literal["single_file", "diffusers"], ...] = (),
+) -> tuple[Path, ...]:
+    """Exports a checkpoint of a run. `output` is a path without its ending; `formats` are the config's if none are given.
+
+    Of a run with an adapter, `formats` are those of the whole model with the adapter in it.
+    """
+    base = open_base(config.model.base, config.model.vae)
+    path, weights = trained_weights(config, checkpoint_name)
+    check_fits(config, base, path, weights)
+    section = config.export
+    if formats:
+        chosen = {"single_file": "single_file" in formats, "diffusers_folder": "diffusers" in formats}
+        section = section.model_copy(update={**chosen, "lora_names": (), "merged": True})
+    target = output or config.run.folder / config.run.name / "export" / f"{config.run.name}-{path.name}"
+    return export_weights(config, base, weights, target, section)
+
+
+def average_run(config: Config, std: float, step: int | None = None, output: Path | None = None) -> tuple[Path, ...]:
+    """Exports an average of any width, made of a run's snapshots. `output` is a path without its ending. Raises UsageError."""
+    base = open_base(config.model.base, config.model.vae)
+    folder = config.run.folder / config.run.name
+    with rebuilt(folder / "ema", std, step, base) as average:
+        say(str(average))
+        if average.mix.residual > NOTABLE_RESIDUAL:
+            say("warning: that is far from what was asked for; more snapshots, or a width nearer to those that were kept, come nearer")
+        target = output or folder / "export" / f"{config.run.name}-step-{average.step:06}-std-{std:.3f}"
+        return export_weights(config, base, average.weights, target, config.export)
+
+
+def sample_request(
+    config: Config,
+    base: BaseModel,
+    objective: Objective,
+    device: torch.device,
+    embeds: dict[str, TextEmbeds],
+    trained_size_hw: tuple[int, int],
+) -> SampleRequest:
+    """The prompts of the config with their embeddings, by prompt; in the trained size if the config names none."""
+    section, process = config.samples, choose_process(config, base)
+    height, width = trained_size_hw if section.height is None or section.width is None else (section.height, section.width)
+    return SampleRequest(
+        base=base, device=device, prompts=section.prompts, positives=tuple(embeds[prompt] for prompt in section.prompts),
+        negative=None if section.negative_prompt is None else embeds[section.negative_prompt],
+        height=height, width=width, schedule=sampling_schedule(config, process, (height, width), objective),
+        steps=sampling_steps(config, process), seed=section.seed,
+    )  # fmt: skip
+
+
+def sample_pictures(config: Config, checkpoint_name: str | None = None) -> np.ndarray:
+    """A picture per prompt of the config, uint8 (B, H, W, 3): from a checkpoint, or from the base if no run goes by its name."""
+    base = open_base(config.model.base, config.model.vae)
+    device = choose_device(config.training.device)
+    unet = load_unet(config, base, checkpoint_name, device)
+    section = config.samples
+    texts = sorted({"", *section.prompts, *([section.negative_prompt] if section.negative_prompt is not None else [])})
+    embeds = dict(zip(texts, base.caption_encoder(device).encode(texts), strict=True))
+    objective = choose_objective(config, base)
+    return make_samples(unet, objective, sample_request(config, base, objective, device, embeds, sample_size(config)))
+
+
+def sample_run(config: Config, prompts: list[str], checkpoint_name: str | None = None, output: Path | None = None) -> Path:
+    """Writes a sheet of pictures of `prompts` (the config's if none are given), from the newest checkpoint or, without one, the base."""
+    folder = config.run.folder / config.run.name
+    chosen = tuple(prompts) or config.samples.prompts
+    if not chosen:
+        raise UsageError("there is no prompt", hint='give one: aquatint sample run.toml "a photo of ..."')
+    if checkpoint_name is None and checkpoint.sorted_checkpoints(folder / "checkpoints"):
+        checkpoint_name = trained_weights(config, None)[0].name
+    say(f"sampling from {checkpoint_name or config.model.base.name}")
+    pictures = sample_pictures(
+        config.model_copy(update={"samples": config.samples.model_copy(update={"prompts": chosen})}), checkpoint_name
+    )
+    target = output or folder / "samples" / "sample.png"
+    save_png(target, contact_sheet(list(pictures), list(chosen), columns=min(4, len(chosen))))
+    return target
