@@ -22,7 +22,7 @@ def test_a_config_is_written_that_loads(here, capsys):
     config = load_config(here / "run.toml")
     assert config.model.base == here / "models" / "x.safetensors"
     assert [source.path for source in config.data.sources] == [str(here / "a"), str(here / "b")]
-    assert config.optimizer.name == "adafactor"
+    assert config.optimizer.name == "adamw8bit"
     assert "aquatint check run.toml" in capsys.readouterr().out
 
 

@@ -47,8 +47,8 @@ CONFIG_ENTERS = (
     *(
         f"aquatint.training.{name}"
         for name in (
-            "adapting", "announce", "build", "caching", "evaluation", "exports", "find", "focus_points", "layout", "objectives", "plot_words", "plotting",
-            "preflight", "prepare", "preview", "process", "results", "vae_build",
+            "adapting", "announce", "build", "caching", "dry_step", "evaluation", "exports", "find", "focus_points", "layout", "objectives",
+            "plot_words", "plotting", "preflight", "prepare", "preview", "process", "results", "vae_build",
         )
     ),
 )  # fmt: skip

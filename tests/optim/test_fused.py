@@ -8,6 +8,7 @@ from aquatint.optim.create import create_optimizer
 from aquatint.optim.fused import FusedBackward
 
 from .test_create import EACH_KIND, make, model
+from .test_tensorwise import held
 
 CLIPS = [("global", 0.0), ("per_tensor", 0.05), ("delayed", 0.05)]
 
@@ -40,7 +41,7 @@ def run_fused(module: nn.Module, optimizer, clipping: Clipping, steps: int, *, p
     for step in range(steps):
         for part in range(parts):
             if part == parts - 1:
-                fused.arm()
+                fused.arm(torch.tensor(True))
             loss_of(module, step, part).backward()
         norm, finite = fused.finish()
         assert finite
@@ -135,7 +136,7 @@ def test_gradients_are_never_there_all_at_once():
     alive = []
     for param in module.parameters():
         param.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in module.parameters())))
-    fused.arm()
+    fused.arm(torch.tensor(True))
     module(torch.randn(2, 100)).square().mean().backward()
     fused.finish()
     assert alive == [0] * 8
@@ -159,7 +160,8 @@ def test_a_clip_by_the_norm_of_the_whole_gradient_is_refused():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adafactor"])
-def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(name):
+def test_a_gradient_that_is_not_finite_moves_nothing_of_its_unit_and_is_reported(name, monkeypatch):
+    monkeypatch.setattr(tensorwise, "JOINED_ELEMENTS", 1)
     module = nn.Sequential(nn.Linear(100, 5, bias=False), nn.Linear(5, 1, bias=False))
     optimizer, clipping = make(name, module), Clipping("delayed", 1.0)
     fused = FusedBackward(optimizer, clipping)
@@ -167,14 +169,30 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(name):
         before = [param.detach().clone() for param in module.parameters()]
         norm_before = clipping.previous_norm.clone()
         handle = module[0].weight.register_hook(lambda grad: grad * torch.nan) if broken else None
-        fused.arm()
+        fused.arm(torch.tensor(True))
         module(torch.ones(2, 100)).square().mean().backward()
         norm, finite = fused.finish()
         if handle is not None:
             handle.remove()
-        assert finite is not broken
+        assert bool(finite) is not broken
         assert bool(norm.isfinite()) is not broken
         assert [torch.equal(param, old) for param, old in zip(module.parameters(), before, strict=True)] == [broken, False]
         assert torch.equal(clipping.previous_norm, norm_before) is broken
-    assert int(optimizer.state[module[0].weight]["step"]) == 2
-    assert int(optimizer.state[module[1].weight]["step"]) == 3
+        assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+    assert [int(optimizer.state[param]["step"]) for param in module.parameters()] == [3, 3]
+
+
+@EACH_KIND
+def test_a_loss_that_is_not_finite_moves_nothing_at_all(name, dtype):
+    module, clipping = model(dtype), Clipping("delayed", 0.05)
+    optimizer = make(name, module)
+    run_fused(module, optimizer, clipping, 2)
+    before = [tensor.clone() for tensor in held(module, optimizer)] + [clipping.previous_norm.clone()]
+    fused = FusedBackward(optimizer, clipping)
+    fused.arm(torch.tensor(False))
+    loss_of(module, 2).backward()
+    norm, finite = fused.finish()
+    assert norm.isfinite()
+    assert not finite
+    assert all(torch.equal(one, old) for one, old in zip([*held(module, optimizer), clipping.previous_norm], before, strict=True))
+    assert all(param.grad is None for param in module.parameters())

@@ -80,7 +80,7 @@ def test_a_restored_run_goes_on_bit_for_bit_with_every_optimizer(tmp_path: Path,
         for step in numbers:
             pictures = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
             if inside is not None:
-                inside.arm()
+                inside.arm(torch.tensor(True))
             parts.model(pictures).float().square().mean().backward()
             if inside is not None:
                 inside.finish()

@@ -42,6 +42,22 @@ def test_the_average_of_half_precision_weights_moves_by_less_than_their_precisio
     assert ema.average["w"][0].item() == pytest.approx(1 - 0.5 * 0.9999**100, rel=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_the_device_decides_whether_the_average_moves(decay: float):
+    parameters = {"w": torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)))}
+    emas = [Ema(parameters, decay=decay, warmup=False, device=None, power_stds=(0.1,), samples_per_step=2) for _ in range(2)]
+    with torch.no_grad():
+        parameters["w"].mul_(1.7)
+    emas[0].update(3)
+    emas[1].update(3, finite=torch.tensor(True))
+    moved = emas[1].average["w"].clone()
+    assert torch.equal(moved, emas[0].average["w"])
+    assert torch.equal(emas[1].tracks[0.1]["w"], emas[0].tracks[0.1]["w"])
+    emas[1].update(4, finite=torch.tensor(False))
+    assert torch.equal(moved, emas[1].average["w"])
+    assert torch.equal(emas[1].tracks[0.1]["w"], emas[0].tracks[0.1]["w"])
+
+
 def test_applied_puts_the_weights_back_bit_for_bit():
     parameters = one_weight(0.1, torch.bfloat16)
     before = parameters["w"].detach().clone()

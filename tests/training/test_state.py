@@ -31,6 +31,11 @@ def test_a_state_from_before_losses_were_told_apart_can_be_read():
     assert TrainState(step=3, samples_seen=7, bad_steps=0, loss_sum=0.5, loss_count=1).mean_losses() == {"loss": 0.5}
 
 
+def test_a_step_ahead_is_counted_and_nothing_else_is_known_of_it():
+    state = TrainState(step=3, samples_seen=7, loss_sum=1.0, loss_count=2, bad_steps=1)
+    assert state.ahead(4) == TrainState(step=4, samples_seen=11, loss_sum=1.0, loss_count=2, bad_steps=1)
+
+
 def test_losses_of_parts_are_summed_by_name_until_they_are_logged():
     first = TrainState().advance(samples=2, loss=1.0, finite=True, parts=[("a", 1.0), ("b", 5.0)])
     second = first.advance(samples=2, loss=3.0, finite=True, parts=[("a", 2.0)])

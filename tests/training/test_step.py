@@ -1,16 +1,17 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from aquatint.data.batch import Batch
-from aquatint.diffusion.schedule import sdxl_schedule
+from aquatint.diffusion.schedule import edm_schedule, sdxl_schedule
 from aquatint.optim.clipping import Clipping
 from aquatint.optim.create import create_optimizer
 from aquatint.optim.fused import FusedBackward
-from aquatint.training import objective
+from aquatint.training import objective, step
 from aquatint.training.objective import Objective
-from aquatint.training.step import Parts, gradient_norm, train_step
+from aquatint.training.step import Parts, StepReport, gradient_norm
 
 
 class Linear(torch.nn.Module):
@@ -19,6 +20,14 @@ class Linear(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+
+class Descent(torch.optim.SGD):
+    """The plainest step, and the host decides whether it is taken."""
+
+    def step(self, closure=None, finite: torch.Tensor | None = None) -> None:
+        if finite is None or finite:
+            super().step(closure)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +48,7 @@ def parts(*, clip_norm: float = 0.0, weights: torch.Tensor | None = None, learni
     weights = torch.ones(1000) if weights is None else weights
     return Parts(
         unet=unet,
-        optimizer=torch.optim.SGD(unet.parameters(), lr=1.0),
+        optimizer=Descent(unet.parameters(), lr=1.0),
         ema=None,
         objective=Objective(schedule, "v_prediction", weights),
         learning_rate=lambda step: learning_rate,
@@ -47,6 +56,11 @@ def parts(*, clip_norm: float = 0.0, weights: torch.Tensor | None = None, learni
         clipping=Clipping("global", clip_norm),
         device=torch.device("cpu"),
     )
+
+
+def train_step(parts: Parts, batches: Sequence[Batch], number: int) -> StepReport:
+    """A step whose numbers are read at once."""
+    return step.train_step(parts, batches, number).read()
 
 
 def batch(size: int, seed: int = 0, timestep: int | None = None) -> Batch:
@@ -167,9 +181,9 @@ def test_a_step_inside_the_backward_pass_is_the_step_after_it(mode: str):
     inside, after = fused_parts(Clipping(mode, 1e-3)), fused_parts(Clipping(mode, 1e-3))
     after.fused.remove()
     after.fused = None
-    for step in range(4):
-        batches = [batch(1, seed=2 * step), batch(2, seed=2 * step + 1)]
-        assert train_step(inside, batches, step) == train_step(after, batches, step)
+    for number in range(4):
+        batches = [batch(1, seed=2 * number), batch(2, seed=2 * number + 1)]
+        assert train_step(inside, batches, number) == replace(train_step(after, batches, number), by_part=True)
         assert torch.equal(inside.unet.weight, after.unet.weight)
         assert inside.unet.weight.grad is None
     assert inside.unet.weight != 0.5
@@ -196,3 +210,26 @@ def test_the_gradient_norm_of_half_precision_gradients_is_exact():
 
 def test_the_report_names_the_pictures():
     assert train_step(parts(), [batch(1, seed=4), batch(1, seed=5)], 0).names == ("4-0", "5-0")
+
+
+def test_what_the_host_knows_is_reported_sample_by_sample():
+    batches = [replace(batch(2, timestep=10), sources=(3, 1)), batch(1, seed=5, timestep=999)]
+    batches[1] = replace(batches[1], latents=batches[1].latents[..., :6], noise=batches[1].noise[..., :6])
+    launched = step.train_step(parts(learning_rate=0.25), batches, 0)
+    assert launched.samples == 3
+    assert launched.is_ready()
+    report = launched.read()
+    assert (report.samples, report.learning_rate, report.finite, report.by_part) == (3, 0.25, True, False)
+    assert (report.timesteps, report.sources, report.sizes_hw) == ((10, 10, 999), (3, 1, 0), ((8, 8), (8, 8), (8, 6)))
+    assert report.loss == pytest.approx(sum(report.losses) / 3, rel=1e-6)
+    assert launched.read() == report
+
+
+def test_the_tables_of_the_objective_go_to_the_device_when_the_parts_are_put_together():
+    meta = torch.device("meta")
+    schedule = edm_schedule()
+    bends = torch.ones(1000)
+    placed = replace(parts(), objective=Objective(schedule, "edm", torch.ones(1000), huber_c=bends), device=meta).objective
+    tables = (placed.weights, placed.huber_c, placed.schedule.alphas, placed.schedule.sigmas, placed.schedule.conditioning)
+    assert all(table.device == meta for table in tables)
+    assert all(level.device == meta for level in placed.schedule.at(torch.zeros(2, dtype=torch.int64, device=meta)))

@@ -12,6 +12,7 @@ from aquatint.errors import UsageError
 
 if TYPE_CHECKING:
     from aquatint.config.schema import Config
+    from aquatint.models.sdxl.model import ModelSpec
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -41,10 +42,7 @@ def plan(
     if fit is not None:
         show_fit(loaded, fit, write)
     elif vram is not None:
-        from aquatint.planning.fit_report import parse_size, vram_text
-        from aquatint.planning.report import find_spec
-
-        typer.echo(vram_text(loaded, find_spec(loaded)[0], parse_size(vram)), nl=False)
+        show_vram(loaded, vram)
     else:
         from aquatint.planning.report import plan_text
 
@@ -67,13 +65,31 @@ def refuse_odd_options(vram: str | None, fit: str | None, write: Path | None) ->
         raise UsageError(f"{write} exists already", hint="choose another name, or move it away; it is not overwritten")
 
 
+def show_vram(config: Config, size: str) -> None:
+    """Prints whether a run fits. Raises UsageError for a size that is none."""
+    from aquatint.planning.fit_report import parse_size, vram_text
+
+    limit = parse_size(size)
+    typer.echo(vram_text(config, known_spec(config), limit), nl=False)
+
+
+def known_spec(config: Config) -> ModelSpec:
+    """The sizes of the base model; says so if they had to be assumed. Raises ModelFileError."""
+    from aquatint.planning.report import find_spec
+
+    spec, remark = find_spec(config)
+    if remark:
+        typer.echo(f"note: {remark}")
+    return spec
+
+
 def show_fit(config: Config, size: str, write: Path | None) -> None:
     """Prints what makes a run fit, and writes it as a config if asked to. Raises UsageError if nothing does."""
     from aquatint.planning.fit_report import parse_size, plan_to_fit
-    from aquatint.planning.report import find_spec
     from aquatint.storage import write_text
 
-    text, fitted = plan_to_fit(config, find_spec(config)[0], parse_size(size))
+    limit = parse_size(size)
+    text, fitted = plan_to_fit(config, known_spec(config), limit)
     typer.echo(text, nl=False)
     if write is not None:
         write_text(write, fitted)

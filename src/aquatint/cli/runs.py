@@ -64,7 +64,7 @@ def export(
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
     output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to write, without the ending.")] = None,
-    formats: Annotated[list[Format] | None, typer.Option("--format", help="May be given twice; as in the config if left out.")] = None,
+    formats: Annotated[list[Format] | None, typer.Option("--format", help="The whole model, even of an adapter; can be repeated.")] = None,
 ) -> None:
     """Write a checkpoint as a model that other programs load."""
     from aquatint.config.load import load_config

@@ -437,6 +437,8 @@ class TrainingSection(Section):
     """The run stops after this many steps in a row with a loss or gradient that is not finite. Such steps change no weight."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
+    dry_step: Literal["auto"] | bool = "auto"
+    """Try the largest batch before the first step, without changing anything, so that what does not fit fails at once. `auto`: on a GPU."""
 
 
 class EmaSection(Section):

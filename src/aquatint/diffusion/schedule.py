@@ -10,6 +10,7 @@ Tables are float64 and what leaves them is float32: in half precision the first 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,6 +50,16 @@ class Schedule:
         """Noise level sigma / alpha of the variance exploding form, (1000,) float64; infinite where the SNR is 0."""
         return self.sigmas / self.alphas
 
+    @cached_property
+    def float_levels(self) -> Tensor:
+        """Alphas and sigmas, (2, 1000) float32."""
+        return torch.stack([self.alphas, self.sigmas]).float()
+
+    def to(self, device: torch.device) -> Schedule:
+        """The schedule with its tables on a device, where steps look levels up without a copy."""
+        told = None if self.conditioning is None else self.conditioning.to(device)
+        return replace(self, alphas=self.alphas.to(device), sigmas=self.sigmas.to(device), conditioning=told)
+
     def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma of a batch of timesteps (B,), each float32 (B, 1, 1, 1) on their device.
 
@@ -58,7 +69,7 @@ class Schedule:
         if timesteps.is_floating_point():
             alpha, sigma = (level.float() for level in self.levels(timesteps))
         else:
-            alpha, sigma = (table.float().to(timesteps.device)[timesteps] for table in (self.alphas, self.sigmas))
+            alpha, sigma = self.float_levels.to(timesteps.device)[:, timesteps]
         return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +89,8 @@ class Schedule:
         """What the UNet is told about the noise level of each timestep (B,): the timestep, or float32 from `conditioning`."""
         if self.conditioning is None:
             return timesteps
-        return _interpolate(self.conditioning.to(timesteps.device), timesteps).float()
+        told = self.conditioning.to(timesteps.device)
+        return (_interpolate(told, timesteps) if timesteps.is_floating_point() else told[timesteps]).float()
 
     def timesteps_of(self, ve_sigmas: Tensor) -> Tensor:
         """The timesteps, float64, that have these ve_sigmas, interpolated like `at`; those beyond the table's ends get its ends.
@@ -91,7 +103,7 @@ class Schedule:
         else:
             table, wanted = self.ve_sigmas.log(), ve_sigmas.double().log()
         finite = int(table.isfinite().sum())
-        found = np.interp(wanted.double().cpu().numpy(), table[:finite].numpy(), np.arange(finite, dtype=np.float64))
+        found = np.interp(wanted.double().cpu().numpy(), table[:finite].cpu().numpy(), np.arange(finite, dtype=np.float64))
         timesteps = torch.from_numpy(np.asarray(found)).to(ve_sigmas.device)
         return torch.where(ve_sigmas.isinf(), float(NUM_TIMESTEPS - 1), timesteps)
 

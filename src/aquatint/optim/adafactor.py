@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aquatint.optim.flat import row_pieces
-from aquatint.optim.rounding import copy_stochastic_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
 EPS = 1e-30  # epsilon_1 of the paper: keeps the root of a zero gradient's second moment from being 0
@@ -101,14 +101,22 @@ class Adafactor(TensorwiseOptimizer):
         rows = param.shape[0]
         return {"exp_avg_sq_row": zeros(rows), "exp_avg_sq_col": zeros(param.numel() // rows)}
 
-    def advance(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
+    def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         for param in params:
             if param.grad is not None:
-                self.state[param].update(adafactor_(param, param.grad, self.state[param], self.generator(unit, step), unit.group, step))
+                adafactor_(param, param.grad, self.state[param], self.key(unit, step), unit.group, step, finite)
 
 
-def adafactor_(param: Tensor, grad: Tensor, state: State, generator: torch.Generator, group: dict[str, Any], step: int) -> State:
-    """One step in place, rounding as `copy_stochastic_` does; returns the new second moments."""
+def adafactor_(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    key: Key,
+    group: dict[str, Any],
+    step: int,
+    finite: Tensor | None = None,
+) -> None:
+    """One step in place, if `finite`, rounding as `copy_stochastic_` does."""
     decay = second_moment_decay(step, group["decay_power"])
     new: State
     if param.dim() < 2:
@@ -123,7 +131,9 @@ def adafactor_(param: Tensor, grad: Tensor, state: State, generator: torch.Gener
     for piece in row_pieces(grad):
         update = (grad[piece].float() * factors.left[piece]).mul_(right)
         value = ((1 - group["lr"] * group["weight_decay"]) * weights[piece].float()).sub_(update, alpha=group["lr"])
-        copy_stochastic_(weights[piece], value, generator)
+        target = weights[piece]
+        copy_stochastic_(target, value, draw_for(target, key, piece.start * grad.shape[1])[-1], finite)
     if weights.data_ptr() != param.data_ptr():
         param.copy_(weights.view(param.shape))
-    return new
+    for name, second_moment in new.items():
+        write_(state[name], second_moment, finite)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, adamw
+from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, Kernel, adamw, adamw_tensors_, has_kernels
 from aquatint.optim.flat import join, pieces, spread_
-from aquatint.optim.rounding import copy_stochastic_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
 from aquatint.optim.sizes import BLOCK, is_quantised
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -27,7 +27,7 @@ KEYS = 1 << 16  # a float32's upper 16 bits: no two borders of the map share the
 class Codebook(NamedTuple):
     """A map of 256 values in rising order. `border` c is halfway between values c and c + 1, the last one infinite.
 
-    `first` (65536,) is the code of the lowest float32 with these upper 16 bits.
+    `first` (65536,) is the code of the lowest float32 with these upper 16 bits, uint8.
     """
 
     value: Tensor
@@ -58,7 +58,7 @@ def codebook(signed: bool, device: torch.device) -> Codebook:
     lowest = torch.where(upper >= KEYS // 2, upper * KEYS + KEYS - 1, upper * KEYS)  # of negative numbers, larger bits are lower
     floats = torch.where(lowest >= 1 << 31, lowest - (1 << 32), lowest).to(torch.int32).view(torch.float32)
     first = torch.bucketize(floats.nan_to_num(0.0), border[:-1], out_int32=True)
-    return Codebook(value.to(device), border.to(device), first.to(device))
+    return Codebook(value.to(device), border.to(device), first.to(torch.uint8).to(device))
 
 
 def quantise(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
@@ -68,13 +68,13 @@ def quantise(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     the same as once.
     """
     book, blocks = codebook(signed, values.device), values.view(-1, BLOCK)
-    low, high = blocks.aminmax(dim=1)
+    low, high = blocks.amin(dim=1), blocks.amax(dim=1)  # aminmax is ten times as slow on a CPU
     scale = torch.where(high >= -low, high, low)
     shares = blocks / torch.where(scale == 0, 1.0, scale).unsqueeze(1)
     keys = (shares.view(torch.int32) >> 16).bitwise_and_(KEYS - 1).flatten()
     code = book.first.index_select(0, keys)
-    code += shares.flatten() > book.border.index_select(0, code)
-    return code.to(torch.uint8), scale
+    code += shares.flatten() > book.border.index_select(0, code.int())
+    return code, scale
 
 
 def dequantise(codes: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
@@ -98,9 +98,11 @@ class AdamW8bit(TensorwiseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
+        kernel: Kernel = "auto",
         seed: int,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+        self.kernel = kernel
 
     def kind(self, param: Tensor) -> Hashable:
         return id(param) if is_quantised(param.shape) else super().kind(param)
@@ -115,32 +117,44 @@ class AdamW8bit(TensorwiseOptimizer):
                 state[name] = zeros.view(param.shape)
         return state
 
-    def advance(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
+    def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
+        settings = {"step": step, "key": self.key(unit, step), "finite": finite, **{name: unit.group[name] for name in ADAMW_SETTINGS}}
+        if not is_quantised(params[0].shape):
+            moments = ([self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq"))
+            adamw_tensors_([params, *moments], self.kernel, **settings)
+            return
+        update = adamw8bit_
+        if self.kernel == "auto" and has_kernels(params[0].device):
+            from aquatint.optim import kernels
+
+            update = kernels.adamw8bit_
         param, grad = join(params), join([param.grad for param in params if param.grad is not None])
-        settings = {"step": step, **{key: unit.group[key] for key in ADAMW_SETTINGS}}
-        generator = self.generator(unit, step)
-        if is_quantised(params[0].shape):
-            state = self.state[params[0]]
-            for piece in pieces(grad):
-                adamw8bit_(param, grad, state, piece, generator=generator, **settings)
-        else:
-            moments = [[self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq")]
-            value, *new = adamw(param, grad, *map(join, moments), **settings)
-            copy_stochastic_(param, value, generator)
-            for targets, vector in zip(moments, new, strict=True):
-                spread_(vector, targets)
+        for piece in pieces(grad):
+            update(param, grad, self.state[params[0]], piece, **settings)
         spread_(param, params)
 
 
-def adamw8bit_(param: Tensor, grad: Tensor, state: State, piece: slice, *, generator: torch.Generator, **settings: Any) -> None:
-    """One step of a piece, a multiple of 256, of a weight and its quantised state, in place. The step itself sees moments not rounded."""
+def adamw8bit_(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    piece: slice,
+    *,
+    key: Key,
+    finite: Tensor | None = None,
+    **settings: Any,
+) -> None:
+    """One step of a piece, a multiple of 256, of a weight and its quantised state, in place, if `finite`.
+
+    The step itself sees moments not rounded.
+    """
     blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
     parts = {name: state[name][piece if name.endswith("code") else blocks] for name in state if name != "step"}
     exp_avg = dequantise(parts["exp_avg_code"], parts["exp_avg_scale"], signed=True)
     exp_avg_sq = dequantise(parts["exp_avg_sq_code"], parts["exp_avg_sq_scale"], signed=False)
     value, exp_avg, exp_avg_sq = adamw(param[piece], grad[piece], exp_avg, exp_avg_sq, **settings)
-    copy_stochastic_(param[piece], value, generator)
+    copy_stochastic_(param[piece], value, draw_for(param[piece], key, piece.start)[-1], finite)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         code, scale = quantise(moment, signed=name == "exp_avg")
-        parts[f"{name}_code"].copy_(code)
-        parts[f"{name}_scale"].copy_(scale)
+        write_(parts[f"{name}_code"], code, finite)
+        write_(parts[f"{name}_scale"], scale, finite)

@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from aquatint.optim.rounding import write_
+
 Clip = Literal["global", "per_tensor", "delayed"]
 
 
 def tensor_norms(params: Sequence[Tensor]) -> list[Tensor]:
     """The L2 norm of each gradient, accumulated in float32 whatever its dtype."""
-    return [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param in params if param.grad is not None]
+    gradients = [param.grad for param in params if param.grad is not None]
+    return list(torch._foreach_norm(gradients, dtype=torch.float32)) if gradients else []
 
 
 def whole_norm(norms: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, from those of each."""
     whole: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     return whole
+
+
+def is_finite(number: Tensor) -> Tensor:
+    """Whether a scalar is neither infinite nor NaN, as a bool scalar: in half as many operations as torch's."""
+    return number.abs() < torch.inf
 
 
 class Clipping:
@@ -50,6 +58,7 @@ class Clipping:
         else:
             clip_grads_with_norm_(params, self.max_norm, self.previous_norm if self.mode == "delayed" else whole_norm(norms))
 
-    def remember(self, norm: Tensor) -> None:
-        """Keep the norm of a step that was taken, for the next one."""
-        self.previous_norm.copy_(norm)
+    def remember(self, norm: Tensor, finite: Tensor | None = None) -> None:
+        """Keep the norm of a step that was taken, for the next one; where the bool scalar `finite` is False, it was not."""
+        if self.mode == "delayed":
+            write_(self.previous_norm, norm, finite)

@@ -46,7 +46,7 @@ def create_optimizer(
     """
     groups = parameter_groups(named_parameters, weight_decay)
     if name == "adamw":
-        return AdamW(groups, lr=learning_rate, fused=True, **settings)
+        return AdamW(groups, lr=learning_rate, **settings)
     if name in OURS:
         return OURS[name](groups, lr=learning_rate, seed=seed, **settings)
     raise ValueError(f"unknown optimizer {name!r}; there are adamw, {', '.join(OURS)}")

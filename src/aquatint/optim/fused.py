@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from aquatint.optim.clipping import Clipping, tensor_norms, whole_norm
+from aquatint.optim.clipping import Clipping, is_finite, tensor_norms, whole_norm
 from aquatint.optim.tensorwise import Tensorwise, Unit
 
 
 class FusedBackward:
     """Steps a tensorwise optimizer from inside `backward`, between `arm` and `finish`; outside of them gradients add up as usual.
 
-    A gradient that is not finite moves nothing, but tensors that were stepped before it was seen keep their step.
-    Raises ValueError for a clip by the norm of the whole gradient, which is not known in time.
+    A gradient that is not finite moves nothing of its unit, which is a large tensor or small neighbours; the others keep their steps.
+    The host never asks the device about it. Raises ValueError for a clip by the norm of the whole gradient, which is not known in time.
     """
 
     def __init__(self, optimizer: Tensorwise, clipping: Clipping) -> None:
@@ -29,36 +29,34 @@ class FusedBackward:
         self._unit_of: dict[Tensor, Unit] = {}
         self._missing: dict[int, int] = {}
         self._norms: dict[Tensor, Tensor] = {}
-        self._finite = True
+        self._finite_loss: Tensor | None = None
         params = [param for unit in optimizer.units() for param in unit.params if param.requires_grad]
         self._handles: list[RemovableHandle] = [
             param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for param in params
         ]
 
-    def arm(self) -> None:
-        """The next backward pass brings the last part of each gradient. Learning rates must be set."""
+    def arm(self, finite: Tensor) -> None:
+        """The next backward pass brings the last part of each gradient. Learning rates must be set.
+
+        `finite` is whether the loss is, a bool scalar: where it is False, no weight is moved.
+        """
         self._units = self.optimizer.units()
         self._unit_of = {param: unit for unit in self._units for param in unit.params}
         self._missing = {unit.index: len(unit.params) for unit in self._units}
-        self._norms, self._finite = {}, True
+        self._norms, self._finite_loss = {}, finite
 
-    def finish(self) -> tuple[Tensor, bool]:
-        """Steps what the pass left over; returns the norm of the whole gradient before clipping, and whether all of it was finite."""
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Steps what the pass left over; returns the norm of the whole gradient before clipping, and whether it and the loss are finite."""
+        assert self._finite_loss is not None, "not armed"
         for unit in self._units:
             if unit.index in self._missing:
                 self._step(unit)
         norm = whole_norm([self._norms[param] for param in self._unit_of if param in self._norms])
-        finite = self._finite and bool(norm.isfinite())
-        if finite:
-            self.clipping.remember(norm)
-        self._units, self._unit_of, self._missing, self._norms = [], {}, {}, {}
+        finite = self._finite_loss & is_finite(norm)
+        self.clipping.remember(norm, finite)
+        self._units, self._unit_of, self._missing, self._norms, self._finite_loss = [], {}, {}, {}, None
         return norm, finite
-
-    @property
-    def armed(self) -> bool:
-        """Whether a backward pass steps, or has stepped and `finish` is due."""
-        return bool(self._units)
 
     def remove(self) -> None:
         """Take the hooks off the weights."""
@@ -79,14 +77,9 @@ class FusedBackward:
         params = [param for param in unit.params if param.grad is not None]
         norms = tensor_norms(params)
         self._norms.update(zip(params, norms, strict=True))
-        finite = torch.stack(norms).isfinite().tolist() if norms else []  # a GPU has to be waited for here: the price of leaving one out
-        for param, is_finite in zip(params, finite, strict=True):
-            if not is_finite:
-                param.grad = None
-        self._finite = self._finite and all(finite)
-        kept = [(param, norm) for param, norm, is_finite in zip(params, norms, finite, strict=True) if is_finite]
-        if kept:
-            self.clipping.clip_([param for param, _ in kept], [norm for _, norm in kept])
-            self.optimizer.update(unit)
+        if norms and self._finite_loss is not None:
+            finite = self._finite_loss & is_finite(norms[0] if len(norms) == 1 else whole_norm(norms))
+            self.clipping.clip_(params, norms)
+            self.optimizer.update(unit, finite)
         for param in params:
             param.grad = None

@@ -2,6 +2,9 @@
 
 bfloat16 has 8 bits of precision. A weight of 1 moves by 0.004 or not at all, so rounding to the nearest loses every small update;
 a moment that decays by 0.999 never decays. Rounding up with probability equal to the remainder keeps the mean exact.
+
+The random bits are a function of (seed, unit, step, place in the unit). So nothing has to be saved, and a CPU, a GPU and a kernel that
+does a whole update at once round alike.
 """
 
 from __future__ import annotations
@@ -11,45 +14,91 @@ from torch import Tensor
 
 from aquatint.utils.seeds import seed_of
 
+Key = tuple[int, int]
+
+LARGEST: float = torch.finfo(torch.bfloat16).max
 LOW_BITS = 1 << 16  # float32 has this many values per bfloat16 step: the upper half of its bits is a bfloat16
-MAGNITUDE = 0x7FFFFFFF  # a float32's bits but for the sign: they are ordered as the numbers are
-LARGEST_BITS = 0x7F7F0000  # of bfloat16's largest number
-DRAWS_PER_WORD = 4  # one 64-bit random number rounds so many values
+MULTIPLIER, INCREMENT = 1664525, 1013904223  # of the generator's first round
 
 
-def rounding_generator(seed: int, index: int, step: int, device: torch.device) -> torch.Generator:
-    """The random bits for step `step` of the weights with this index: a function of the three, so nothing has to be saved."""
-    return torch.Generator(device).manual_seed(seed_of(seed, f"rounding/{index}", step))
+def rounding_key(seed: int, index: int, step: int) -> Key:
+    """What the random bits for step `step` of the weights with this index are drawn from: two words of 32 bits."""
+    upper, lower = divmod(seed_of(seed, f"rounding/{index}", step), 1 << 32)
+    return upper, lower
 
 
-def draw_bits(count: int, generator: torch.Generator) -> Tensor:
-    """`count` numbers uniform in 0..65535, int32."""
-    words = torch.empty(-(-count // DRAWS_PER_WORD), dtype=torch.int64, device=generator.device)
-    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return words.view(torch.uint16)[:count].to(torch.int32)
+def key_constants(key: Key) -> tuple[int, int, int]:
+    """What all places share in the generator's first round: added to the first word, and the other two before it, as int32."""
+    y, z = (MULTIPLIER * word + INCREMENT for word in key)
+    return _wrapped(INCREMENT + y * z), _wrapped(y), _wrapped(z)
+
+
+def draw_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:
+    """Numbers (3, count) uniform in 0..65535, int32, for `count` places from `start` on.
+
+    pcg3d of two neighbours' place and the key (Jarzynski & Olano 2020, "Hash Functions for GPU Rendering", JCGT 9(3)): three
+    words of 32 bits, of which each neighbour has a half. Lower halves are the weaker ones, so that upper ones are laid over them.
+    """
+    first, last = start // 2, (start + count + 1) // 2
+    x0, y0, z0 = key_constants(key)
+    words = torch.empty(3, last - first, dtype=torch.int32, device=device)
+    x, y, z = words
+    torch.arange(first, last, out=x)
+    x.mul_(MULTIPLIER).add_(x0)
+    torch.mul(x, z0, out=y).add_(y0)
+    torch.mul(x, y, out=z).add_(z0)
+    words ^= _upper_half(words)
+    x.addcmul_(y, z)
+    y.addcmul_(z, x)
+    z.addcmul_(x, y)
+    words ^= _upper_half(words)
+    return words.view(torch.uint16)[:, start % 2 :][:, :count].to(torch.int32)
+
+
+def draw_for(target: Tensor, key: Key, start: int = 0) -> Tensor:
+    """`draw_bits` (3, n) for the n elements of `target`, the first of which is at place `start`; none (3, 0) if it is float32."""
+    return draw_bits(key, start, target.numel() if target.dtype == torch.bfloat16 else 0, target.device)
 
 
 def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
     """`value` (float32) as bfloat16: up or down with probabilities that keep the mean, given int32 bits uniform in 0..65535.
 
-    Values that bfloat16 can hold come back as they are, among them infinity and NaN. What lies beyond its largest number is
-    truncated to it. (arXiv 2010.06192)
+    Values that bfloat16 can hold come back as they are, and NaN as NaN. What lies beyond its largest number, infinity too, becomes that.
+    (arXiv 2010.06192)
     """
-    bits = value.view(torch.int32)
-    room = (LARGEST_BITS - bits.bitwise_and(MAGNITUDE)).clamp_(min=0)  # up to there the sum stays finite, and rounds the same
-    bits = torch.minimum(random_bits, room).add_(bits).bitwise_and_(-LOW_BITS)
+    bits = value.clamp(-LARGEST, LARGEST).view(torch.int32).add_(random_bits).bitwise_and_(-LOW_BITS)
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
-def copy_stochastic_(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
-    """Write float32 `source` into `target` in place: stochastically rounded if it is bfloat16, as it is if it is float32.
+def write_(target: Tensor, value: Tensor, finite: Tensor | None = None) -> None:
+    """Copy `value` into `target`, of its dtype; where the bool scalar `finite` is False, leave every bit of it as it is.
+
+    It is the device that decides, in the pass that writes: the host need not know.
+    """
+    if finite is None:
+        target.copy_(value)
+    else:
+        torch.where(finite, value, target, out=target)
+
+
+def copy_stochastic_(target: Tensor, source: Tensor, random_bits: Tensor, finite: Tensor | None = None) -> None:
+    """Write float32 `source` into `target` as `write_` does: stochastically rounded if it is bfloat16, as it is if it is float32.
 
     Raises ValueError for other dtypes of `target`.
     """
     if target.dtype == torch.float32:
-        target.copy_(source)
+        write_(target, source, finite)
     elif target.dtype == torch.bfloat16:
-        source = source.contiguous()
-        target.copy_(round_stochastic(source, draw_bits(source.numel(), generator).view(source.shape)))
+        write_(target, round_stochastic(source.contiguous(), random_bits.view(source.shape)), finite)
     else:
         raise ValueError(f"weights must be float32 or bfloat16, got {target.dtype}")
+
+
+def _upper_half(words: Tensor) -> Tensor:
+    """The upper 16 of each int32's bits, as a number in 0..65535."""
+    return (words >> 16).bitwise_and_(LOW_BITS - 1)
+
+
+def _wrapped(number: int) -> int:
+    """The int32 with an integer's lower 32 bits."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)

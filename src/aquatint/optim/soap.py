@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, adamw_
 from aquatint.optim.flat import join, pieces, spread_
-from aquatint.optim.rounding import copy_stochastic_
+from aquatint.optim.rounding import copy_stochastic_, draw_for, write_
 from aquatint.optim.sizes import preconditioned_dims
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -99,8 +99,8 @@ def next_basis(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 class Soap(TensorwiseOptimizer):
     """SOAP over bfloat16 (stochastically rounded) or float32 weights; the moments have the dtype of their weight.
 
-    The first step only starts the bases of a matrix: it moves no weight but those of vectors. `precond_every` is in steps. `seed` keys
-    the rounding. All are part of the parameter groups, and so of the state dict.
+    The first step only starts the bases of a matrix: it moves no weight but those of vectors. If it is left out, the bases start as the
+    axes. `precond_every` is in steps. `seed` keys the rounding. All are part of the parameter groups, and so of the state dict.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class Soap(TensorwiseOptimizer):
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
         return {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
 
-    def advance(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
+    def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         if params[0].dim() < 2:
-            self._advance_vectors(params, unit, step)
+            self._advance_vectors(params, unit, step, finite)
             return
         (param,) = params
         if param.grad is None:
@@ -134,45 +134,48 @@ class Soap(TensorwiseOptimizer):
         state, grad, group = self.state[param], param.grad.flatten(1), unit.group
         beta2, bases = group["betas"][1], (state.get("basis_left"), state.get("basis_right"))
         if step == 1:
-            state.update(first_preconditioner(grad, beta2, group["max_precond_dim"]))
+            state.update(first_preconditioner(grad, beta2, group["max_precond_dim"], finite))
             return
         old, exp_avg, exp_avg_sq = (tensor.flatten(1) for tensor in (param, state["exp_avg"], state["exp_avg_sq"]))
         settings = {key: group[key] for key in ADAMW_SETTINGS}
         value, exp_avg, exp_avg_sq = soap(old, grad, exp_avg, exp_avg_sq, bases, step=step - 1, **settings)
         for side in SIDES:
             if f"gram_{side}" in state:
-                state[f"gram_{side}"].lerp_(gram(grad, side), 1 - beta2)
+                write_(state[f"gram_{side}"], torch.lerp(state[f"gram_{side}"], gram(grad, side), 1 - beta2), finite)
         if (step + unit.index) % group["precond_every"] == 0:
-            exp_avg, exp_avg_sq = refresh_(state, exp_avg, exp_avg_sq)
-        generator = self.generator(unit, step)
-        for target, result in zip((param, state["exp_avg"], state["exp_avg_sq"]), (value, exp_avg, exp_avg_sq), strict=True):
-            copy_stochastic_(target, result.view(target.shape), generator)
+            exp_avg, exp_avg_sq = refresh_(state, exp_avg, exp_avg_sq, finite)
+        targets, results = (state["exp_avg"], state["exp_avg_sq"], param), (exp_avg, exp_avg_sq, value)
+        for target, result, random_bits in zip(targets, results, draw_for(param, self.key(unit, step)), strict=True):
+            copy_stochastic_(target, result.view(target.shape), random_bits, finite)
 
-    def _advance_vectors(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
+    def _advance_vectors(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         targets = [params, *([self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq"))]
         joined, grad = [join(tensors) for tensors in targets], join([param.grad for param in params if param.grad is not None])
-        settings, generator = {key: unit.group[key] for key in ADAMW_SETTINGS}, self.generator(unit, step)
+        settings, key = {name: unit.group[name] for name in ADAMW_SETTINGS}, self.key(unit, step)
         for piece in pieces(grad):
-            adamw_(*(vector[piece] for vector in (grad, *joined)), step=step, generator=generator, **settings)
+            adamw_(*(vector[piece] for vector in (grad, *joined)), step=step, key=key, start=piece.start, finite=finite, **settings)
         for tensors, vector in zip(targets, joined, strict=True):
             spread_(vector, tensors)
 
 
-def first_preconditioner(grad: Tensor, beta: float, max_dim: int) -> State:
-    """Gram matrices and bases of the first gradient (O, I), for the sides that are not too long."""
+def first_preconditioner(grad: Tensor, beta: float, max_dim: int, finite: Tensor | None = None) -> State:
+    """Gram matrices and bases of the first gradient (O, I), or of a zero one if it is not `finite`, for the sides that are not too long."""
     state: State = {}
     for side, size in zip(SIDES, preconditioned_dims(grad.shape, max_dim), strict=True):
         if size is not None:
-            state[f"gram_{side}"] = gram(grad, side).mul_(1 - beta)
+            first = gram(grad, side).mul_(1 - beta)
+            state[f"gram_{side}"] = torch.zeros_like(first)
+            write_(state[f"gram_{side}"], first, finite)
             state[f"basis_{side}"] = first_basis(state[f"gram_{side}"])
     return state
 
 
-def refresh_(state: State, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
-    """New bases in `state`, and the moments in them: the first is rotated from old to new, the second only follows the sorting."""
+def refresh_(state: State, exp_avg: Tensor, exp_avg_sq: Tensor, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """New bases in `state`, if `finite`, and the moments in them: the first is rotated from old to new, the second follows the sorting."""
     exp_avg = rotate_back(exp_avg, (state.get("basis_left"), state.get("basis_right")))
     for dim, side in enumerate(SIDES):
         if f"gram_{side}" in state:
-            state[f"basis_{side}"], order = next_basis(state[f"gram_{side}"], state[f"basis_{side}"])
+            basis, order = next_basis(state[f"gram_{side}"], state[f"basis_{side}"])
+            write_(state[f"basis_{side}"], basis, finite)
             exp_avg_sq = exp_avg_sq.index_select(dim, order)
     return rotate(exp_avg, (state.get("basis_left"), state.get("basis_right"))), exp_avg_sq

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aquatint.optim.flat import batches
-from aquatint.optim.rounding import rounding_generator
+from aquatint.optim.rounding import Key, rounding_key
 
 JOINED_ELEMENTS = 1 << 20
 
@@ -39,22 +39,27 @@ class Tensorwise(Protocol):
     def units(self) -> list[Unit]:
         """All weights, each in one unit; the same at every step."""
 
-    def update(self, unit: Unit) -> None:
-        """Step those weights of a unit that have a gradient."""
+    def update(self, unit: Unit, finite: Tensor | None = None) -> None:
+        """Step those weights of a unit that have a gradient. Where the bool scalar `finite` is False, the step is left out."""
 
 
 class TensorwiseOptimizer(Optimizer):
-    """What our optimizers share: steps by unit, a step count for each weight, and a state that keeps its dtypes when loaded."""
+    """What our optimizers share: steps by unit, a step count for each weight, and a state that keeps its dtypes when loaded.
+
+    A step that is left out changes neither weights nor state, but it is counted. Bias corrections, random bits and decays go by the
+    count, and so the host knows them without asking the device whether a step was taken.
+    """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self._counted: dict[Tensor, tuple[Tensor, int]] = {}  # of each weight: its step count, as a tensor and as a number
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None, finite: Tensor | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight that has a gradient. Where the bool scalar `finite` is False, the step is left out."""
         loss = torch.enable_grad()(closure)() if closure else None
         for unit in self.units():
-            self.update(unit)
+            self.update(unit, finite)
         return loss
 
     def units(self) -> list[Unit]:
@@ -66,22 +71,33 @@ class TensorwiseOptimizer(Optimizer):
         return units
 
     @torch.no_grad()
-    def update(self, unit: Unit) -> None:
+    def update(self, unit: Unit, finite: Tensor | None = None) -> None:
         """Step those weights of a unit that have a gradient; in a unit of several, those with as many steps behind them at once."""
         params = [param for param in unit.params if param.grad is not None]
         for param in params:
             if not self.state[param]:
                 self.state[param] = {"step": torch.zeros((), dtype=torch.float32), **self.initial_state(param, unit.group)}
-        steps = [int(self.state[param]["step"]) for param in params]
+        steps = [self._steps_of(param) for param in params]
         for step in sorted(set(steps)):
             together = [param for param, own in zip(params, steps, strict=True) if own == step]
-            self.advance(together, unit, step + 1)
-            for param in together:
-                self.state[param]["step"] += 1
+            self.advance(together, unit, step + 1, finite)
+            counts = [self.state[param]["step"] for param in together]
+            torch._foreach_add_(counts, 1)
+            self._counted.update((param, (count, step + 1)) for param, count in zip(together, counts, strict=True))
 
-    def generator(self, unit: Unit, step: int) -> torch.Generator:
-        """The random bits of a unit's step."""
-        return rounding_generator(unit.group["seed"], unit.index, step, unit.params[0].device)
+    def _steps_of(self, param: Tensor) -> int:
+        """How many steps a weight has behind it. A tensor is read only once: to read one in every step takes longer than to count along."""
+        count = self.state[param]["step"]
+        tensor, known = self._counted.get(param, (None, 0))
+        return known if tensor is count else int(count)
+
+    def key(self, unit: Unit, step: int) -> Key:
+        """What the random bits of a unit's step are drawn from."""
+        return rounding_key(unit.group["seed"], unit.index, step)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counted = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but every state tensor keeps its dtype: torch would cast float32 state to that of its weight."""
@@ -101,5 +117,5 @@ class TensorwiseOptimizer(Optimizer):
         """The state of a weight before its first step, but for the step count."""
 
     @abstractmethod
-    def advance(self, params: Sequence[Tensor], unit: Unit, step: int) -> None:
-        """Step weights of one kind, all of them at `step`, counted from 1."""
+    def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
+        """Step weights of one kind, all of them at `step`, counted from 1; where `finite` is there and False, change no bit of anything."""

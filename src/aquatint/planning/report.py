@@ -10,8 +10,8 @@ from aquatint.data.downloads import is_url, public_name
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning.disk import plan_disk
-from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.fit import Help, mild_helps
+from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.knobs import changes_text
 from aquatint.planning.memory import MemoryPlan, Part, Tracer, gib, on_gpu, plan_memory, state_parts
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps

@@ -1,7 +1,7 @@
 """Loss weights and timesteps that follow the loss itself. What they have learned is part of a checkpoint, so that a resume is exact.
 
 Each is asked three things at every optimizer step: at which timesteps its batches are trained, what their losses weigh, and, once the
-step is made, to take note of them.
+step is made, to take note of them. A step that is not finite is not to be learned from, so the host waits for each step here.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from aquatint.training.adapting import adapting, check_start, tag_frequency
 from aquatint.training.announce import announcement, captions_text
 from aquatint.training.breakdown import Breakdown, choose_breakdown
 from aquatint.training.checkpoint import Trained
+from aquatint.training.dry_step import as_in_training, try_step
 from aquatint.training.ema import Ema, decay_of_half_life
 from aquatint.training.ema_snapshots import remove_after, snapshot_action
 from aquatint.training.layout import Layout
@@ -55,7 +56,7 @@ from aquatint.training.parallelize import choose_device, ready_for_training, tra
 from aquatint.training.prepare import Prepared, prepare
 from aquatint.training.results import TAGS_FILE, export_weights, sample_request
 from aquatint.training.resume import accept_config
-from aquatint.training.saver import Saver, saving_tasks, share_of_memory
+from aquatint.training.saver import Saver, share_of_memory
 from aquatint.training.state import Every, TrainState
 from aquatint.training.step import Parts
 from aquatint.training.tasks import Action, Validation, log_action, sample_action, timings_action, validate_action
@@ -147,6 +148,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         say(f"going on from {latest.name}, {state.samples_seen} pictures seen")
         if trained.ema is not None:
             trained.ema.start_at(state.step, state.samples_seen)
+    try_step(config, base.spec, data.layout, parts)
     remove_after(folder / "ema", state.step)
     tracker = stack.enter_context(contextlib.closing(open_trackers(config, folder, state.step)))
     display = stack.enter_context(Progress(total_steps, state.step))
@@ -168,13 +170,14 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     saver = stack.enter_context(Saver(checkpoints, trained, data.digest, config.checkpoints.keep, display, memory_share=share))
     saver.metrics = metrics if config.checkpoints.keep_best else None
     watch = build_watch(config, metrics, data, display)
-    run.has_ended = lambda: watch.ended
+    run.has_ended, run.look_aside = lambda: watch.ended, saver.look
     looks = look_tasks(config, base, objective, data, run, tracker, watch)
     snapshots = snapshot_action(folder / "ema", trained.ema, base, display.note)
     run.tasks = build_tasks(config, data, run, tracker, looks, snapshots, saver)
     if state.step == 0:
-        for task in looks:
-            task.run(state, None)  # type: ignore[arg-type]
+        with as_in_training(config, base.spec, parts):
+            for task in looks:
+                task.run(state, None)  # type: ignore[arg-type]
     return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
 
 
@@ -330,7 +333,7 @@ def build_tasks(
         Task(log_every, timings_action(run.folder / "timings.jsonl")),
         *looks,
         Task(Every(config.ema.snapshot_every, data.samples_per_epoch), snapshots),
-        *saving_tasks(saver, Every(config.checkpoints.every, data.samples_per_epoch)),
+        Task(Every(config.checkpoints.every, data.samples_per_epoch), saver),
         Task(Every(config.validation.every, data.samples_per_epoch), saver.save_best),
     )
 

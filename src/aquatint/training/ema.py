@@ -61,15 +61,19 @@ class Ema:
         return {"ema": self.average, **{track_name(std): track for std, track in self.tracks.items()}}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves the averages towards the weights as they are after optimizer step `step`."""
+    def update(self, step: int, finite: torch.Tensor | None = None) -> None:
+        """Moves the averages towards the weights as they are after optimizer step `step`; not where the bool scalar `finite` is False.
+
+        Averages that live in main memory make the host wait for the weights.
+        """
         samples = self._start[1] + (step + 1 - self._start[0]) * self._samples_per_step
         moves = [(self.average, 1.0 - decay_at(step, decay=self._decay, warmup=self._warmup))]
         moves += [(track, 1.0 - power_decay(samples, self._samples_per_step, self._gammas[std])) for std, track in self.tracks.items()]
+        shares = [weight if finite is None else weight * finite.to(next(iter(average.values())).device) for average, weight in moves]
         for name, p in self._parameters.items():
             value = p.detach().to(device=self.average[name].device, dtype=torch.float32)
-            for average, weight in moves:
-                average[name].lerp_(value, weight)
+            for (average, _), share in zip(moves, shares, strict=True):
+                average[name].lerp_(value, share)
 
     @contextlib.contextmanager
     @torch.no_grad()

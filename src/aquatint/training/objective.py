@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,11 @@ class Objective:
     reindexes: bool = False
     """Whether a timestep of a larger picture is a noisier one."""
 
+    def to(self, device: torch.device) -> Objective:
+        """The objective with its tables on a device, so that no step has to copy them there."""
+        bends = None if self.huber_c is None else self.huber_c.to(device)
+        return replace(self, schedule=self.schedule.to(device), weights=self.weights.to(device), huber_c=bends)
+
     def schedule_at(self, height_latent: int, width_latent: int) -> Schedule:
         """The noise levels of pictures of this size."""
         if not self.reindexes:
@@ -69,8 +74,9 @@ def denoise(
     noise = batch.noise
     if batch.perturbation is not None:
         noise = perturbed(noise, batch.perturbation, objective.input_perturbation, alpha)
-    noisy = add_noise(batch.latents, noise, alpha, sigma)
-    seen = noisy * input_scale(objective.prediction, alpha, sigma, sigma_data=objective.sigma_data)
+    seen = add_noise(batch.latents, noise, alpha, sigma)
+    if objective.prediction == "edm":  # the only one whose input has another scale than 1
+        seen = seen * input_scale(objective.prediction, alpha, sigma, sigma_data=objective.sigma_data)
     conditions = (schedule.unet_timesteps(batch.timesteps), batch.prompt_embeds, batch.pooled_prompt_embeds, batch.time_ids)
     wanted = target(objective.prediction, batch.latents, batch.noise, alpha, sigma, sigma_data=objective.sigma_data)
     with half_precision(batch.latents.device, autocast):
@@ -88,7 +94,7 @@ def half_precision(device: torch.device, enabled: bool) -> contextlib.AbstractCo
 
 def sample_losses(objective: Objective, batch: Batch, found: Denoising) -> Tensor:
     """The loss of each sample, (B,) float32, before any weight: inside its mask, and outside of it against the base model's answer."""
-    c = 0.1 if objective.huber_c is None else objective.huber_c.to(batch.latents.device)[batch.timesteps]
+    c = 0.1 if objective.huber_c is None else objective.huber_c[batch.timesteps]
     if found.prior is None or batch.masks is None:
         return per_sample_loss(objective.loss, found.output, found.target, batch.masks, c=c)
     return masked_loss_with_prior(

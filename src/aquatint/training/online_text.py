@@ -18,7 +18,7 @@ class CaptionEncoder(Protocol):
 
 
 def encoded(batches: Iterator[Batch], encoder: CaptionEncoder) -> Generator[Batch]:
-    """The batches with the embeddings of their captions; a caption of None is zeros."""
+    """The batches with the embeddings of their captions; a caption of None is zeros. To encode them, the host may wait for the device."""
     (empty,) = encoder.encode([""])
     try:
         for batch in batches:

@@ -12,7 +12,7 @@ from aquatint.errors import ResumeError
 # These change nothing of what is trained. The pictures themselves are compared by content, whatever their path.
 FREE = (
     "run.folder", "model.base", "model.vae", "data.", "cache.", "loader.", "validation.", "samples.", "checkpoints.", "export.",
-    "tracking.", "training.length", "training.device", "training.max_bad_steps", "vae_training.", "evaluation.",
+    "tracking.", "training.length", "training.device", "training.max_bad_steps", "training.dry_step", "vae_training.", "evaluation.",
     "ema.snapshot_every", "adapter.start_from",
 )  # fmt: skip
 

@@ -45,6 +45,10 @@ class TrainState:
             part_counts=counts,
         )
 
+    def ahead(self, samples: int) -> TrainState:
+        """Where the run stands after one more step whose loss is not known yet."""
+        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
+
     def mean_losses(self) -> dict[str, float]:
         """`loss`, and `loss_...` of each part, since the last row; each only if there was a step or sample of it."""
         means = {"loss": self.loss_sum / self.loss_count} if self.loss_count else {}

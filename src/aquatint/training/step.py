@@ -1,15 +1,23 @@
-"""One optimizer step: noise the latents, predict, weigh the error, go down the gradient."""
+"""One optimizer step: noise the latents, predict, weigh the error, go down the gradient.
+
+The host only launches it. Whether a step is finite is decided on the device, which leaves it out if it is not, and its numbers
+come to the host by themselves, to be read when the next step is on its way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from aquatint.data.batch import Batch
-from aquatint.optim.clipping import Clipping, tensor_norms, whole_norm
+from aquatint.optim.adamw import AdamW
+from aquatint.optim.clipping import Clipping, is_finite, tensor_norms, whole_norm
 from aquatint.optim.fused import FusedBackward
+from aquatint.optim.tensorwise import TensorwiseOptimizer
 from aquatint.training.adaptation import Adaptation
 from aquatint.training.ema import Ema
 from aquatint.training.objective import Objective, denoise, sample_losses
@@ -17,10 +25,10 @@ from aquatint.training.objective import Objective, denoise, sample_losses
 
 @dataclass
 class Parts:
-    """Everything of a run that has weights or moves them."""
+    """Everything of a run that has weights or moves them. The tables of its objective are on its device."""
 
     unet: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | TensorwiseOptimizer
     ema: Ema | None
     objective: Objective
     learning_rate: Callable[[int], float]  # optimizer step, from 0 -> learning rate
@@ -32,6 +40,24 @@ class Parts:
     """The base model as it was, for the loss outside of masks."""
     fused: FusedBackward | None = None
     """Steps the optimizer from inside the backward pass."""
+
+    def __post_init__(self) -> None:
+        self.objective = self.objective.to(self.device)
+
+
+class Launched(Protocol):
+    """A step that was launched, whose numbers may still be on their way."""
+
+    @property
+    def samples(self) -> int: ...
+
+    def is_ready(self) -> bool:
+        """Whether its numbers are there."""
+        ...
+
+    def read(self) -> StepReport:
+        """Waits for its numbers."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,70 +77,121 @@ class StepReport:
     timesteps: tuple[int, ...] = ()
     sources: tuple[int, ...] = ()
     sizes_hw: tuple[tuple[int, int], ...] = ()
+    by_part: bool = False
+    """Whether a gradient that is not finite leaves out only its own weights: so it is inside the backward pass."""
+
+    def is_ready(self) -> bool:
+        """A step that nobody has to wait for can be its own report."""
+        return True
+
+    def read(self) -> StepReport:
+        """Itself."""
+        return self
 
 
-def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> StepReport:
-    """One optimizer step over all `batches`, each sample weighing the same whichever batch it is in.
+@dataclass(frozen=True)
+class Pending:
+    """A step of the UNet that was launched. `numbers` (3 + B,) float32 are its loss, its norm, whether it is finite, and each sample's loss.
 
-    If the loss or the gradient is not finite, nothing is changed: `finite` is then False. With steps inside the backward pass that
-    holds for the loss; a gradient that is not finite leaves out its own tensor and the average, but not tensors stepped before it.
+    They are in main memory, and mean something once `arrived` has happened. What the host knows anyway is kept until then.
+    """
+
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+    learning_rate: float
+    batches: Sequence[Batch]
+    by_part: bool
+
+    @property
+    def samples(self) -> int:
+        return sum(len(batch.names) for batch in self.batches)
+
+    def is_ready(self) -> bool:
+        """Whether the numbers are there."""
+        return self.arrived is None or self.arrived.query()
+
+    def read(self) -> StepReport:
+        """Waits for the numbers."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, finite, *losses = self.numbers.tolist()
+        return StepReport(
+            loss, norm, self.learning_rate, bool(finite), self.samples,
+            names=tuple(name for batch in self.batches for name in batch.names),
+            losses=tuple(losses),
+            timesteps=tuple(timestep for batch in self.batches for timestep in batch.timesteps.tolist()),
+            sources=tuple(source for batch in self.batches for source in batch.sources),
+            sizes_hw=tuple((batch.latents.shape[2], batch.latents.shape[3]) for batch in self.batches for _ in batch.names),
+            by_part=self.by_part,
+        )  # fmt: skip
+
+
+def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> Pending:
+    """Launches one optimizer step over all `batches`, each sample weighing the same whichever batch it is in.
+
+    If the loss or the gradient is not finite, no weight, average or moment is changed. With steps inside the backward pass that holds
+    for the loss; a gradient that is not finite leaves out its own unit and the averages, but not the other units.
+    The host reads nothing of the device, but with an adaptation, which follows the losses, or with averages in main memory.
     """
     learning_rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
         group["lr"] = learning_rate
-    samples = sum(len(batch.names) for batch in batches)
-    loss = torch.zeros((), device=parts.device)
+    samples, loss = sum(len(batch.names) for batch in batches), None
     placed = [parts.adaptation.placed(batch) if parts.adaptation else batch for batch in batches]
     found = []
     for index, batch in enumerate(placed):
         batch = batch.to(parts.device)
         losses, weighted, minimised = losses_of(parts, batch)
         share = minimised.sum() / samples
-        loss += share.detach()
-        if parts.fused is not None and index == len(placed) - 1 and bool(loss.isfinite()):
-            parts.fused.arm()
+        loss = share.detach() if loss is None else loss + share.detach()
+        if parts.fused is not None and index == len(placed) - 1:
+            parts.fused.arm(is_finite(loss))
         share.backward()
         found.append((losses.detach(), weighted.detach(), batch.timesteps))
+    assert loss is not None, "a step without a batch"
     norm, finite = move_weights(parts, loss)
-    if finite and parts.ema is not None:
-        parts.ema.update(step)
+    if parts.ema is not None:
+        parts.ema.update(step, finite)
     parts.optimizer.zero_grad(set_to_none=True)
-    losses, weighted, timesteps = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     if parts.adaptation is not None:
+        _, weighted, timesteps = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         parts.adaptation.learn(weighted, timesteps) if finite else parts.adaptation.forget()
-    return StepReport(
-        loss.item(), norm.item(), learning_rate, finite, samples,
-        names=tuple(name for batch in batches for name in batch.names),
-        losses=tuple(losses.tolist()),
-        timesteps=tuple(timesteps.tolist()),
-        sources=tuple(source for batch in batches for source in batch.sources),
-        sizes_hw=tuple((batch.latents.shape[2], batch.latents.shape[3]) for batch in batches for _ in batch.names),
-    )  # fmt: skip
+    numbers = torch.cat([torch.stack([loss, norm, finite.float()]), *(losses for losses, _, _ in found)])
+    return Pending(*sent(numbers), learning_rate, placed, parts.fused is not None)
 
 
-def losses_of(parts: Parts, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sent(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Numbers on their way to main memory, pinned if they come from a GPU, and what happens when they arrive."""
+    here = numbers.to("cpu", non_blocking=True)
+    if not numbers.is_cuda:
+        return here, None
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
+    return here, arrived
+
+
+def losses_of(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Of each sample (B,): its loss, that with its weights, and what is minimised."""
     found = denoise(parts.unet, parts.objective, batch, autocast=parts.autocast, frozen=parts.frozen)
     losses = sample_losses(parts.objective, batch, found)
-    weighted = parts.objective.weights.to(parts.device)[batch.timesteps] * batch.loss_weights * losses
+    weighted = parts.objective.weights[batch.timesteps] * batch.loss_weights * losses
     return losses, weighted, weighted if parts.adaptation is None else parts.adaptation.weighed(weighted, batch.timesteps)
 
 
-def move_weights(parts: Parts, loss: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def move_weights(parts: Parts, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Takes the optimizer's step, or ends the one that the backward pass took; returns the gradient's norm and whether all was finite."""
-    if parts.fused is not None and parts.fused.armed:
+    if parts.fused is not None:
         return parts.fused.finish()
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = tensor_norms(parameters)
     norm = whole_norm(norms)
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    if finite:
-        parts.clipping.clip_(parameters, norms)
-        parts.clipping.remember(norm)
-        parts.optimizer.step()
+    finite = is_finite(loss) & is_finite(norm)
+    parts.clipping.clip_(parameters, norms)
+    parts.clipping.remember(norm, finite)
+    parts.optimizer.step(finite=finite)
     return norm, finite
 
 
-def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     """The L2 norm of all gradients together, accumulated in float32 whatever their dtype."""
     return whole_norm(tensor_norms(parameters))

@@ -34,7 +34,7 @@ from aquatint.training.ema import Ema
 from aquatint.training.find import find_pictures, opener_of, read_quarantine
 from aquatint.training.parallelize import choose_device
 from aquatint.training.resume import accept_config
-from aquatint.training.saver import Saver, saving_tasks, share_of_memory
+from aquatint.training.saver import Saver, share_of_memory
 from aquatint.training.state import Every, TrainState
 from aquatint.training.tasks import timings_action
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
@@ -157,7 +157,7 @@ def build_vae_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, 
         ),  # type: ignore[arg-type,return-value]
         accumulation_steps=1, total_steps=total_steps, max_bad_steps=config.training.max_bad_steps,
         tasks=build_tasks(config, data, folder, tracker, looks, saver), display=display,
-        step=vae_step, rate_setting="vae_training.learning_rate",
+        step=vae_step, rate_setting="vae_training.learning_rate", look_aside=saver.look,
     )  # fmt: skip
     if state.step == 0:
         for task in looks:
@@ -178,7 +178,7 @@ def build_tasks(config: Config, data: VaeData, folder: Path, tracker: Tracker, l
         Task(log_every, log_action(tracker)),
         Task(log_every, timings_action(folder / "timings.jsonl")),
         *looks,
-        *saving_tasks(saver, Every(config.vae_training.checkpoints_every, data.samples_per_epoch)),
+        Task(Every(config.vae_training.checkpoints_every, data.samples_per_epoch), saver),
     )
 
 

@@ -82,7 +82,7 @@ def measure(parts: Parts, chosen: ValidationSet) -> Errors:
 def _errors_of_x0(objective: Objective, batch: Batch) -> Table:
     """What divides the error of each sample (B,) to make it one of the picture, at the noise levels of the batch's size."""
     schedule = objective.schedule_at(*batch.latents.shape[2:])
-    ratios: Table = replace(objective, schedule=schedule).errors_of_x0.double().numpy()[batch.timesteps.numpy()]
+    ratios: Table = replace(objective, schedule=schedule).errors_of_x0.double().cpu().numpy()[batch.timesteps.numpy()]
     return ratios
 
 
@@ -95,7 +95,7 @@ def figures(objective: Objective, errors: Errors) -> dict[str, float]:
     if not len(errors.output):
         return {}
     values = {"val_loss": float(errors.output.mean())}
-    weights = objective.weights.double().numpy()[list(errors.timesteps)]
+    weights = objective.weights.double().cpu().numpy()[list(errors.timesteps)]
     if (counts := weights > 0).any():
         values["val_loss_weighted"] = float(np.average(errors.output.mean(axis=0)[counts], weights=weights[counts]))
     for name, table in ("val_loss", errors.output), ("val_x0", errors.x0):
