@@ -3,7 +3,7 @@ BIN := .venv/bin
 # torch and everything else at versions that are known to work together; other versions in pyproject's ranges should work too.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/tested.txt
 
-.PHONY: demo test test-slow test-gpu check format autoencoder clean
+.PHONY: demo test test-slow test-gpu bench-gpu check format autoencoder clean
 
 demo: .venv/installed  ## train the embedded default: a tiny SDXL on pictures that the program makes
 	$(BIN)/aquatint demo
@@ -16,6 +16,12 @@ test-slow: .venv/installed-dev  ## full-size models: minutes, and 16 GiB of memo
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu -q
+
+CALL ?= ours
+ROWS ?=
+RESULTS ?= benchmarks/results
+bench-gpu:  ## ten minutes of benchmarks on one GPU: CALL=peers, ours, graphs, optimizers or vae; ROWS=3,4 for some of them; any python with torch will do
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu.run $(CALL) --results $(RESULTS) $(if $(ROWS),--rows $(ROWS))
 
 check: .venv/installed-dev  ## style and types
 	$(BIN)/ruff check .

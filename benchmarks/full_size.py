@@ -4,8 +4,10 @@
 
 writes a single file with the official 2,515 tensor names, random bf16 weights, about 6.9 GB, into FOLDER, and then, each
 in a process of its own: loads all four networks; caches two pictures; trains two steps at 256x256 px (batch 1, bf16
-weights, Adafactor, gradient checkpointing, no moving average); exports; compares every tensor of an unchanged export with
-the original, byte by byte. Needs about 35 GB of disk and 16 GiB of memory; a quarter of an hour on two cores.
+weights, Adafactor inside the backward pass, gradient checkpointing, no moving average); trains them again with all gradients
+waiting, which are the same steps; exports; compares every tensor of an unchanged export with the original, byte by byte.
+Beside the peak of the process stands what `aquatint plan` says. Needs about 45 GB of disk and 12 GiB of memory; twenty
+minutes on two cores. `--only train` leaves out the stages that no other needs.
 """
 
 from __future__ import annotations
@@ -58,19 +60,20 @@ def make(folder: Path) -> dict[str, Any]:
     return {"bytes": (folder / "base.safetensors").stat().st_size}
 
 
-def config(folder: Path) -> Any:
+def config(folder: Path, *, fused: bool = True) -> Any:
     """The run of this benchmark."""
     from aquatint.config.schema import Config
 
+    training = {"fused_backward": fused, "clip": "delayed" if fused else "global"}
     return Config.model_validate({
-        "run": {"name": "full", "folder": folder / "runs"},
+        "run": {"name": "fused" if fused else "waiting", "folder": folder / "runs"},
         "model": {"base": folder / "base.safetensors"},
-        "data": {"sources": [{"folder": folder / "pictures"}]},
+        "data": {"sources": [{"path": str(folder / "pictures")}]},
         "buckets": {"resolution": 256, "min_side": 128, "max_side": 512},
         "cache": {"folder": folder / "cache", "batch_size": 1},
         "loader": {"workers": 0},
         "optimizer": {"name": "adafactor", "learning_rate": 1e-5},
-        "training": {"length": "2 steps", "batch_size": 1, "precision": "bf16_pure", "device": "cpu"},
+        "training": {"length": "2 steps", "batch_size": 1, "precision": "bf16_pure", "device": "cpu", **training},
         "ema": {"enabled": False},
         "validation": {"every": None, "share": 0.0},
         "samples": {"every": None},
@@ -88,19 +91,34 @@ def load(folder: Path) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for module in modules for p in module.parameters())}
 
 
+def planned(run: Any, *phases: str) -> dict[str, float]:
+    """What the plan says of the largest of these phases, with the program itself."""
+    from aquatint.models.sdxl.model import sdxl_spec
+    from aquatint.planning.memory import plan_memory
+
+    plan = plan_memory(run, sdxl_spec())
+    largest = max(phase.bytes for phase in plan.phases if phase.name in phases)
+    return {"planned_gib": round((largest + plan.outside) / GIB, 2)}
+
+
 def cache(folder: Path) -> dict[str, Any]:
     from aquatint.training.caching import cache_run
 
     return {"pictures": cache_run(config(folder)).manifest.listed}
 
 
-def train(folder: Path) -> dict[str, Any]:
+def train(folder: Path, *, fused: bool = True) -> dict[str, Any]:
     """Two steps from the cache, a checkpoint, and the export."""
     from aquatint.training.build import train_run
 
-    result = train_run(config(folder))
+    result = train_run(config(folder, fused=fused))
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     return {"losses": [row["loss"] for row in rows], "exported": str(result.exported[0].relative_to(folder))}
+
+
+def train_waiting(folder: Path) -> dict[str, Any]:
+    """The same steps after the backward pass, when all gradients are there."""
+    return train(folder, fused=False)
 
 
 def round_trip(folder: Path) -> dict[str, Any]:
@@ -122,20 +140,29 @@ def round_trip(folder: Path) -> dict[str, Any]:
     return {"tensors": len(names), "different": different, "same_names_shapes_dtypes": layouts[0] == layouts[1]}
 
 
-STAGES = {stage.__name__: stage for stage in (make, load, cache, train, round_trip)}
+STAGES = {stage.__name__: stage for stage in (make, load, cache, train, train_waiting, round_trip)}
+NEEDED = ("make", "cache")  # by the stages that train
+PLANNED = {
+    "cache": lambda folder: planned(config(folder), "encoding captions", "encoding pictures"),
+    "train": lambda folder: planned(config(folder), "training"),
+    "train_waiting": lambda folder: planned(config(folder, fused=False), "training"),
+}
 
 
 def run_stage(name: str, folder: Path) -> None:
     started = time.perf_counter()
     values = STAGES[name](folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("RESULT " + json.dumps({"seconds": round(time.perf_counter() - started, 1), "peak_gib": round(peak / GIB, 2), **values}))
+    seconds = round(time.perf_counter() - started, 1)
+    plan = PLANNED[name](folder) if name in PLANNED else {}  # after the peak is read: a plan takes memory too
+    print("RESULT " + json.dumps({"seconds": seconds, "peak_gib": round(peak / GIB, 2), **plan, **values}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--only", choices=STAGES, help="this stage alone, with those that it needs")
     parser.add_argument("--keep", action="store_true", help="leave the files in FOLDER")
     arguments = parser.parse_args()
     if arguments.stage:
@@ -143,14 +170,17 @@ def main() -> None:
     import torch
 
     results: dict[str, Any] = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    for name in STAGES:
+    for name in STAGES if arguments.only is None else dict.fromkeys((*NEEDED, arguments.only)):
         command = [sys.executable, __file__, str(arguments.folder), "--stage", name]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[name] = json.loads(output.splitlines()[-1].removeprefix("RESULT "))
         print(f"{name}: {results[name]}", flush=True)
+        if "planned_gib" in results[name]:
+            print(f"    {results[name]['peak_gib']} GiB measured, {results[name]['planned_gib']} GiB planned", flush=True)
     if not arguments.keep:
         shutil.rmtree(arguments.folder)
-    path = RESULTS / f"full_size_cpu_{datetime.now(UTC):%Y-%m-%d}.json"
+    part = f"_{arguments.only}" if arguments.only else ""
+    path = RESULTS / f"full_size_cpu{part}_{datetime.now(UTC):%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote {path}")

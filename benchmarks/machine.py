@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ def has(package: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES if has(name)}
+    found = {"python": platform.python_version()}
+    for name in filter(has, PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a folder on the path, without the name of its version
+            found[name] = "unknown"
+    return found
 
 
 def load() -> list[float]:

@@ -4,8 +4,8 @@
 
 steps a part of the SDXL UNet's list of tensors (every 43rd: 95 million weights; for SOAP every 150th of those below 4 million:
 11 million) with every optimizer, in turns, and prints medians, spreads and ratios. References: torch's fused AdamW, and plain loops
-for Adafactor and SOAP, written as they are usually written: below. A GPU has other ratios: there the number of kernels counts, here
-the size of what lies between them.
+for Adafactor and SOAP, written as they are usually written: below. Ours are told, as in training, whether the gradient is finite, and
+leave a step out if it is not. A GPU has other ratios: there an update is one kernel, here the size of what lies between operations counts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from aquatint.models.sdxl.model import sdxl_spec
 from aquatint.optim.create import create_optimizer
+from aquatint.optim.tensorwise import TensorwiseOptimizer
 
 ROUNDS, EVERY, EVERY_SOAP, LARGEST_SOAP, REFRESH = 7, 43, 150, 4_000_000, 10
 SOAP_ROUNDS = 2 * REFRESH
@@ -172,17 +173,24 @@ def soap_contenders() -> dict[str, Callable[[], Optimizer]]:
     }
 
 
+def take_step(optimizer: Optimizer, finite: torch.Tensor) -> None:
+    if isinstance(optimizer, TensorwiseOptimizer):
+        optimizer.step(finite=finite)
+    else:
+        optimizer.step()
+
+
 def measure(makers: dict[str, Callable[[], Optimizer]], rounds: int, warmup: int) -> dict[str, list[float]]:
     """Seconds of each step of each optimizer, in turns."""
-    optimizers = {name: make() for name, make in makers.items()}
+    optimizers, finite = {name: make() for name, make in makers.items()}, torch.tensor(True)
     for _ in range(warmup):
         for optimizer in optimizers.values():
-            optimizer.step()
+            take_step(optimizer, finite)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(rounds):
         for name, optimizer in optimizers.items():
             started = time.perf_counter()
-            optimizer.step()
+            take_step(optimizer, finite)
             seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -41,12 +41,12 @@ class Script:
 
 def script(
     unet: Any, optimizer: Any, *, prediction: str = "epsilon", device: torch.device | str = "cpu",
-    weight_dtype: torch.dtype = torch.float32, clip_norm: float = MAX_GRAD_NORM,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Script:  # fmt: skip
     """`weight_dtype` is what frozen weights and inputs have: bfloat16 with mixed precision."""
     noise_scheduler = DDPMScheduler(**SDXL_NOISE, prediction_type=prediction)
     lr_scheduler = get_scheduler("constant", optimizer=optimizer)
-    return Script(unet, optimizer, noise_scheduler, lr_scheduler, torch.device(device), weight_dtype, clip_norm)
+    return Script(unet, optimizer, noise_scheduler, lr_scheduler, torch.device(device), weight_dtype)
 
 
 def time_ids_of(made: Script, batch: Batch) -> Tensor:
@@ -102,7 +102,7 @@ def script_loop_accelerate(made: Script) -> Loop:
 
     accelerator = Accelerator(mixed_precision="bf16" if made.weight_dtype == torch.bfloat16 else "no", cpu=made.device.type == "cpu")
     unet, optimizer, lr_scheduler = accelerator.prepare(made.unet, made.optimizer, made.lr_scheduler)
-    prepared = Script(unet, optimizer, made.noise_scheduler, lr_scheduler, made.device, made.weight_dtype, made.clip_norm)
+    prepared = Script(unet, optimizer, made.noise_scheduler, lr_scheduler, made.device, made.weight_dtype)
 
     def step(batch: Batch) -> float:
         with accelerator.accumulate(unet):

@@ -4,8 +4,8 @@
 
 runs both loops under a dispatch mode that counts each aten call, twice. With the tiny UNet on the CPU each has the AdamW that it really
 has. With the full topology on the meta device, batches come from the CPU as they come to a GPU, so that copies between the two are
-seen, and the script's AdamW has the foreach form that torch chooses on a GPU. (The tiny UNet cannot tell a reading of the CPU's own
-numbers from one of a GPU's: AdamW as a loop reads every tensor's step count.)
+seen, and clips and the script's AdamW have the foreach form that torch chooses on a GPU. (The tiny UNet cannot tell a reading of the
+CPU's own numbers from one of a GPU's: AdamW as a loop reads every tensor's step count.)
 Counted of each step after the first: aten calls, those of them that make no new tensor and write none (views), the tensors that foreach
 and fused calls work on, new tensors and their bytes; and what makes the host wait for a GPU: scalars and lists read from the device, and
 copies to or from it that are not asynchronous. An aten call is not a kernel: foreach calls launch several, and attention on the meta device
@@ -121,30 +121,38 @@ def phases(tally: Tally, unet: Any, optimizer: Any) -> Iterator[None]:
             hook.remove()
 
 
-def autocast_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is off in this benchmark, but does not accept the meta device even so."""
-    nothing = contextlib.nullcontext()
-    return mock.patch("torch.autocast", return_value=nothing) if device.type == "meta" else nothing
+@contextlib.contextmanager
+def as_on_a_gpu(device: torch.device) -> Iterator[None]:
+    """Lets the meta device pass for a GPU: clips take their foreach form, and autocast, which is off here anyway, does not refuse it."""
+    if device.type != "meta":
+        yield
+        return
+    with (
+        mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
+        mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True),
+        mock.patch("torch.autocast", return_value=contextlib.nullcontext()),
+    ):
+        yield
 
 
-def count(loop: Loop, unet: Any, optimizer: Any, side_latent: int) -> dict[str, Any]:
+def count(loop: Loop, unet: Any, optimizer: Any, side_latent: int, steps: int = STEPS) -> dict[str, Any]:
     """Per step, of steps that are not the first."""
     device = next(unet.parameters()).device
     batches = repeated(draw_batches(dict(unet.config), 2, BATCH_SIZE, side_latent))
     tally = Tally(device)
-    with phases(tally, unet, optimizer), tally, Lists(tally), autocast_of(device):
+    with phases(tally, unet, optimizer), tally, Lists(tally), as_on_a_gpu(device):
         loop(batches, WARMUP)
         tally.counts.clear()
         tally.phases.clear()
-        loop(batches, STEPS)
-    counts = {name: value / STEPS for name, value in tally.counts.items()}
+        loop(batches, steps)
+    counts = {name: value / steps for name, value in tally.counts.items()}
     counts["megabytes of new tensors"] = counts["bytes"] / 1e6
     joined = tally.phases["before the UNet"] + tally.phases["after the optimizer"]  # the end of one step is the beginning of the next
     by_phase = {"UNet forward": tally.phases["UNet forward"], "loss, backward, clip": tally.phases["loss, backward, clip"]}
     by_phase |= {"optimizer": tally.phases["optimizer"], "all else": joined}
     return {
         **{name: round(counts.get(name, 0.0), 1) for name in (*TOTALS, *WAITS)},
-        "aten calls by phase": {phase: value / STEPS for phase, value in by_phase.items()},
+        "aten calls by phase": {phase: value / steps for phase, value in by_phase.items()},
     }
 
 

@@ -90,3 +90,38 @@ def test_plan_shows_the_plan_of_the_config(good, capsys, monkeypatch):
     monkeypatch.setattr(report, "plan_text", lambda config: f"plan of {config.run.name}\n")
     assert run(["plan", str(good), "run.name=x"]) == 0
     assert capsys.readouterr().out == "plan of x\n"
+
+
+def test_plan_says_whether_a_run_fits_and_what_makes_it_fit(good, tmp_path, capsys, monkeypatch):
+    from aquatint.planning import fit_report
+
+    monkeypatch.setattr(fit_report, "vram_text", lambda config, spec, limit: f"{config.run.name} in {limit >> 30}\n")
+    monkeypatch.setattr(fit_report, "plan_to_fit", lambda config, spec, limit: (f"fit of {limit >> 30}\n", "# fitted\n"))
+    assert run(["plan", str(good), "run.name=x", "--vram", "12GiB"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "x in 12"
+    target = tmp_path / "fitted.toml"
+    assert run(["plan", str(good), "--fit", "8", "--write", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["fit of 8", f"wrote {target}"]
+    assert target.read_text() == "# fitted\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--vram", "12", "--fit", "12"], "two questions"),
+        (["--write", "x.toml"], "--write does nothing without --fit"),
+        (["--fit", "12", "--write", "x.yaml"], "does not end in .toml"),
+        (["--fit", "lots"], "`lots` is not a size of memory"),
+        (["--vram", "12 parsecs"], "is not a size of memory"),
+    ],
+)
+def test_odd_options_of_plan_are_usage_errors(good, capsys, options, words):
+    assert run(["plan", str(good), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_fit_writes_never_overwrites_a_file(good, capsys):
+    before = good.read_text()
+    assert run(["plan", str(good), "--fit", "12", "--write", str(good)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert good.read_text() == before

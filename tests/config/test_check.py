@@ -28,6 +28,11 @@ CONTRADICTIONS = {
     "an autoencoder in a LoRA": {"adapter": {"kind": "lora"}, "model": {"standardise_latents": True}},
     "the bf16 optimizer without bf16 weights": {"training": {"precision": "bf16_mixed"}, "optimizer": {"name": "adamw_bf16"}},
     "steps inside the backward pass with a clip of the whole": {"training": {"fused_backward": True}},
+    "a frozen part of an adapter": {
+        "adapter": {"kind": "lora"}, "training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0}]},
+    },
+    "decay of what is frozen": {"training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0, "weight_decay": 0.1}]}},
+    "a group that asks for nothing": {"training": {"groups": [{"match": ["mid_block"]}]}},
     "a way to clip without clipping": {"training": {"clip": "per_tensor", "clip_norm": 0}},
     "sides the wrong way round": {"buckets": {"min_side": 2048, "max_side": 1024}},
     "a shortest side above the resolution": {"buckets": {"min_side": 1056, "resolution": 1024}},

@@ -135,6 +135,19 @@ def test_sources_in_another_form_are_told_how_to_be_written(config_file, text):
     assert "`[[data.sources]]`" in hint
 
 
+def test_groups_are_told_how_to_be_written(config_file):
+    groups = "[[training.groups]]\nlearning_rate_factor = 0.5\n"
+    message, hint, _ = only(config_file, MINIMAL + groups)
+    assert message == "missing setting `training.groups.0.match`"
+    assert 'add `match = ["down_blocks.0"]` under `[[training.groups]]`' in hint
+    assert "`[[training.groups]]` line (two brackets)" in only(config_file, MINIMAL + '[training]\ngroups = ["mid_block"]\n')[1]
+    message, hint, line = only(config_file, MINIMAL + '[[training.groups]]\nmatch = ["mid_block"]\nlearning_rate = 0.1\n')
+    assert message == "unknown setting `training.groups.0.learning_rate`"
+    assert line == 7
+    (group,) = load_config(config_file(MINIMAL + groups + 'match = ["mid_block"]\n')).training.groups
+    assert (group.match, group.learning_rate_factor, group.weight_decay) == (("mid_block",), 0.5, None)
+
+
 def test_a_misspelt_required_key_is_not_missing_too(config_file):
     message, hint, line = only(config_file, '[model]\nbsae = "b"\n[[data.sources]]\npath = "p"\n')
     assert (message, line) == ("unknown setting `model.bsae`", 2)

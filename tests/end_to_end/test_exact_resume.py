@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from aquatint.cli.main import run as run_command
 from aquatint.config.schema import Config, dump
 from aquatint.demo.pictures import write_pictures
+from aquatint.errors import ResumeError
 from aquatint.models.sdxl.load import open_base
+from aquatint.tensor_file import TensorFile
 from aquatint.training import trainer
 from aquatint.training.build import build_reader, train_run
 from aquatint.training.caching import cache_run
+from aquatint.training.results import load_unet
 from tests import zoo
 from tests.runs import small_config
 
@@ -42,7 +46,16 @@ CASES = {
         "model": {"prediction": "x0"},
     },
     "adamw8bit-fused": {
-        "training": {"precision": "bf16_pure", "fused_backward": True, "clip": "delayed", "clip_norm": 0.01},
+        "training": {
+            "precision": "bf16_pure",
+            "fused_backward": True,
+            "clip": "delayed",
+            "clip_norm": 0.01,
+            "groups": [
+                {"match": ["conv_in", "down_blocks.0", "mid_block.attentions"], "learning_rate_factor": 0.0},
+                {"match": ["*.attn2"], "learning_rate_factor": 0.5, "weight_decay": 0.2},
+            ],
+        },
         "optimizer": {"name": "adamw8bit", "learning_rate": 1e-3},
     },
     "soap": {
@@ -134,6 +147,38 @@ def test_a_killed_and_resumed_run_equals_a_straight_one(killed: Path, tiny_base:
     rates = [row["learning_rate"] for row in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert len(rates) == 6
     assert rates == sorted(set(rates), reverse=True)
+
+
+def test_what_is_frozen_is_in_no_file_and_is_the_base_s_in_exports(tmp_path: Path, tiny_base: Path):
+    groups = [
+        {"match": ["down_blocks", "*.attn2", "conv_in.bias"], "learning_rate_factor": 0.0},
+        {"match": ["*.attn1"], "weight_decay": 0.5},
+    ]
+    config = small_config(
+        tmp_path, tiny_base, training={"length": "2 steps", "groups": groups, "gradient_checkpointing": True},
+        ema={"decay": 0.5, "power_stds": [0.1]}, validation={"every": None}, export={"diffusers_folder": True},
+        samples={"prompts": ["a circle"], "steps": 1},
+    )  # fmt: skip
+    folder, base = train_run(config).folder, open_base(tiny_base)
+    origin = {name: tensor.load() for name, tensor in base.component("unet").items()}
+    frozen = {name for name in origin if name.startswith("down_blocks.") or ".attn2." in name or name == "conv_in.bias"}
+    for table in ("checkpoints/step-000002/unet", "checkpoints/step-000002/ema", "ema/step-000002-std-0.100"):
+        with TensorFile(folder / f"{table}.safetensors") as file:
+            assert file.tensors.keys() == origin.keys() - frozen, table
+    with TensorFile(folder / "checkpoints/step-000002/optimizer.safetensors") as file:
+        assert {name.rpartition("/")[0] for name in file.tensors} == origin.keys() - frozen
+    assert run_command(["ema", str(folder), "--std", "0.1", "--output", str(folder / "wide")]) == 0
+    for path in (folder / "export" / "test.safetensors", folder / "export" / "test", folder / "wide.safetensors"):
+        exported = open_base(path).component("unet")
+        assert {name for name, tensor in exported.items() if torch.equal(tensor.load(), origin[name])} == frozen, path
+    drawn = dict(load_unet(config, base, "step-000002", torch.device("cpu")).named_parameters())
+    assert {name for name, tensor in drawn.items() if torch.equal(tensor, origin[name])} == frozen
+    log = (folder / "run.log").read_text()
+    assert f"none of {len(frozen)} frozen" in log
+    assert f"step 1 moved {len(origin) - len(frozen)} of {len(origin) - len(frozen)} trained tensors" in log
+    assert "part             tensors" in log
+    with pytest.raises(ResumeError, match=r"training\.groups"):
+        train_run(config.model_copy(update={"training": config.training.model_copy(update={"groups": ()})}))
 
 
 def test_the_mixed_sources_are_trained_as_the_config_says(killed: Path, tiny_base: Path):

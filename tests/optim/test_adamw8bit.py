@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from aquatint.optim.adamw8bit import AdamW8bit, dequantise, dynamic_map, quantise
+from aquatint.optim.adamw8bit import AdamW8bit
+from aquatint.optim.blockwise import dequantise, dynamic_map, quantise
 from aquatint.optim.sizes import BLOCK
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}

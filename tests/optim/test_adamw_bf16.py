@@ -3,7 +3,8 @@ import torch
 from torch.nn import Parameter
 
 from aquatint.optim import tensorwise
-from aquatint.optim.adamw_bf16 import AdamWBF16, adamw
+from aquatint.optim.adamw_bf16 import AdamWBF16
+from aquatint.optim.formula import adamw
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SHAPES = [(7,), (5, 3), (4, 2, 3, 3), (6,), (1,)]

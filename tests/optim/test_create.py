@@ -7,7 +7,8 @@ from torch import nn
 from aquatint.optim.adafactor import Adafactor
 from aquatint.optim.adamw8bit import AdamW8bit
 from aquatint.optim.adamw_bf16 import AdamWBF16
-from aquatint.optim.create import create_optimizer, parameter_groups
+from aquatint.optim.create import create_optimizer, idle_steps, parameter_groups
+from aquatint.optim.groups import GroupSettings
 from aquatint.optim.sizes import state_bytes
 from aquatint.optim.soap import Soap
 
@@ -49,6 +50,38 @@ def test_norms_and_biases_get_no_weight_decay():
         ["0.bias", "1.weight", "1.bias", "3.bias", "4.bias"],
     ]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_tensors_with_settings_of_their_own_have_groups_of_their_own():
+    slow, bare = GroupSettings(0.1, 0.1), GroupSettings(2.0, 0.0)
+    own = {"0.weight": slow, "0.bias": slow, "1.weight": slow, "4.weight": bare}
+    groups = parameter_groups(model().named_parameters(), 0.1, own)
+    assert [([name for name, _ in group["params"]], group["factor"], group["weight_decay"]) for group in groups] == [
+        (["0.weight"], 0.1, 0.1),
+        (["0.bias", "1.weight"], 0.1, 0.0),
+        (["3.weight"], 1.0, 0.1),
+        (["1.bias", "3.bias", "4.bias"], 1.0, 0.0),
+        (["4.weight"], 2.0, 0.0),
+    ]
+
+
+@EACH_KIND
+def test_groups_that_ask_for_nothing_else_change_no_bit(name, dtype):
+    plain, grouped = model(dtype), model(dtype)
+    same = dict.fromkeys(["0.weight", "3.bias"], GroupSettings(1.0, 0.1))
+    first = make(name, plain)
+    second = create_optimizer(name.split()[0], grouped.named_parameters(), seed=3, own=same, **SETTINGS[name])
+    train(plain, first, range(3))
+    train(grouped, second, range(3))
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), grouped.parameters(), strict=True))
+
+
+def test_only_soap_gets_ready_before_it_moves_a_matrix():
+    for name in SETTINGS:
+        module = model()
+        before = module[3].weight.clone()
+        train(module, make(name, module), range(1))
+        assert torch.equal(module[3].weight, before) == (idle_steps(name.split()[0]) == 1), name
 
 
 def test_empty_groups_are_left_out():

@@ -2,8 +2,9 @@
 
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
-from aquatint.planning.memory import GIB, Tracer
+from aquatint.planning.memory import DTYPE_BYTES, GIB, Tracer
 from aquatint.planning.trace import PassCost, StepCost
+from aquatint.planning.trained import num_trained, weight_dtype
 
 TERA = 10**12
 
@@ -34,7 +35,12 @@ class StubTracer(Tracer):
     def step(self, config, size_hw):
         kept = (1 if config.training.gradient_checkpointing else 8) * GIB * config.training.batch_size
         flops = 4 if config.training.gradient_checkpointing else 3
-        return StepCost(kept, kept + 5 * GIB, 7 * TERA * config.training.batch_size, flops * 7 * TERA * config.training.batch_size)
+        freed = config.training.fused_backward and config.training.accumulation_steps == 1
+        gradients = 0 if freed else num_trained(config, self.spec) * DTYPE_BYTES[weight_dtype(config)]
+        return StepCost(kept, kept + gradients, 7 * TERA * config.training.batch_size, flops * 7 * TERA * config.training.batch_size)
+
+    def validate(self, config, size_hw):
+        return PassCost(GIB, 7 * TERA)
 
     def denoise(self, config):
         return PassCost(GIB, 7 * TERA)

@@ -1,21 +1,29 @@
+from math import prod
+
 import pytest
+import torch
 
 from aquatint.errors import UsageError
 from aquatint.models.sdxl.model import build_unet, sdxl_spec
+from aquatint.optim import flat
+from aquatint.optim.create import create_optimizer
 from aquatint.planning.disk import cache_bytes_per_picture, checkpoint_bytes, export_bytes, plan_disk
 from aquatint.planning.memory import (
     GIB,
+    OUTSIDE_BYTES,
+    PROCESS_BYTES,
     MemoryPlan,
     Part,
     Phase,
     Tracer,
     largest_bucket,
     plan_memory,
-    savings,
     state_parts,
-    with_changes,
+    update_bytes,
 )
 from aquatint.planning.schedule import plan_steps
+from aquatint.planning.trace import Tally
+from aquatint.training.ema import Ema
 
 from .small import StubTracer, config, small_spec
 
@@ -48,14 +56,18 @@ def test_the_full_size_unet_weighs_what_was_measured(training, optimizer, expect
     assert average.bytes / GIB == pytest.approx(9.56, abs=0.01)
 
 
-@pytest.mark.parametrize("precision", ["bf16_pure", "fp32"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adamw8bit", "adafactor", "soap"])
-def test_weights_and_optimizer_state_are_those_of_the_real_thing(precision, optimizer):
-    import torch
+def storage(tensors):
+    """The bytes of all storages, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    from aquatint.optim.create import create_optimizer
 
-    settings = config(training={"precision": precision}, optimizer={"name": optimizer})
+@pytest.mark.parametrize("precision", ["bf16_pure", "bf16_mixed", "fp32"])
+@pytest.mark.parametrize(
+    ("optimizer", "extra"),
+    [("adamw", {}), ("adamw_bf16", {}), ("adamw_bf16", {"rounding": "kahan"}), ("adamw8bit", {}), ("adafactor", {}), ("soap", {})],
+)
+def test_weights_gradients_state_and_average_are_those_of_the_real_thing(precision, optimizer, extra):
+    settings = config(training={"precision": precision}, optimizer={"name": optimizer, **extra}, ema={"power_stds": [0.1]})
     dtype = torch.bfloat16 if precision == "bf16_pure" else torch.float32
     unet = build_unet(small_spec()).to_empty(device="cpu").to(dtype)
     real = create_optimizer(optimizer, unet.named_parameters(), seed=0, **settings.optimizer.model_dump(exclude={"name"}))
@@ -63,9 +75,39 @@ def test_weights_and_optimizer_state_are_those_of_the_real_thing(precision, opti
         weight.data.zero_()
         weight.grad = torch.zeros_like(weight)
     real.step()
-    weights, state, _ = state_parts(settings, small_spec())
-    assert weights.bytes == sum(p.nbytes for p in unet.parameters())
-    assert state.bytes == sum(t.nbytes for entry in real.state.values() for t in entry.values() if isinstance(t, torch.Tensor))
+    ema = Ema(dict(unet.named_parameters()), decay=0.9, warmup=False, device=None, power_stds=(0.1,))
+    weights, state, average = state_parts(settings, small_spec())
+    assert weights.bytes == pytest.approx(storage(unet.parameters()), rel=0.01)
+    assert weights.bytes == pytest.approx(storage(weight.grad for weight in unet.parameters()), rel=0.01)
+    assert state.bytes == pytest.approx(
+        storage(t for entry in real.state.values() for t in entry.values() if hasattr(t, "nbytes")), rel=0.01
+    )
+    assert average.bytes == pytest.approx(storage(t for table in ema.tables().values() for t in table.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("optimizer", "extra"),
+    [("adamw", {}), ("adamw_bf16", {}), ("adamw_bf16", {"rounding": "kahan"}), ("adamw8bit", {}), ("adafactor", {}), ("soap", {})],
+)
+def test_what_an_update_takes_for_a_moment_is_what_the_plan_has_for_it(monkeypatch, dtype, optimizer, extra):
+    monkeypatch.setattr(flat, "CPU_PIECE", 1 << 40)  # all at once, as on a GPU
+    precision = "bf16_pure" if dtype == torch.bfloat16 else "fp32"
+    settings = config(training={"precision": precision}, optimizer={"name": optimizer, **extra})
+    weight = torch.nn.Parameter(torch.zeros(1536, 512, dtype=dtype))
+    real = create_optimizer(optimizer, [("weight", weight)], seed=0, **settings.optimizer.model_dump(exclude={"name"}))
+    peaks = []
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        tally = Tally([weight, weight.grad, *(t for entry in real.state.values() for t in entry.values() if hasattr(t, "nbytes"))])
+        with tally.counting():
+            real.step()
+        peaks.append(tally.peak)
+    assert peaks[1] / weight.numel() <= update_bytes(settings) <= 1.2 * peaks[1] / weight.numel() + 1
+
+
+def test_on_a_cpu_updates_are_made_in_pieces_that_do_not_count():
+    assert update_bytes(config(training={"device": "cpu"})) == 0
 
 
 def test_the_average_counts_where_it_lives():
@@ -101,8 +143,41 @@ def test_the_largest_phase_decides_and_a_card_is_named():
     memory = MemoryPlan((Phase("a", (Part("x", 5 * GIB), Part("y", 6 * GIB))), Phase("b", (Part("z", 7 * GIB),))), (8, 8))
     assert memory.largest.name == "a"
     assert memory.largest.bytes == 11 * GIB
+    assert memory.needed == 11 * GIB + OUTSIDE_BYTES
     assert memory.card_gib == 16
     assert MemoryPlan((Phase("a", (Part("x", 500 * GIB),)),), (8, 8)).card_gib is None
+
+
+def test_on_a_cpu_everything_of_the_process_counts():
+    there = {"training": {"device": "cpu"}, "samples": {"prompts": ["a cat"]}}
+    memory = plan(**there)
+    assert (memory.outside, memory.on_gpu) == (PROCESS_BYTES, False)
+    assert "moving average" in phase(plan(**there, ema={"device": "cpu"}), "training")
+    weights = phase(memory, "training")["weights"]
+    assert phase(memory, "making sample pictures")["weights set aside"] == phase(memory, "validating")["weights set aside"] == weights
+    assert "weights set aside" not in phase(plan(**there, ema={"enabled": False}), "making sample pictures")
+    assert "validating" not in [phase.name for phase in plan(**there, validation={"every": "never"}).phases]
+
+
+def test_the_base_counts_twice_if_it_says_what_stays_outside_of_masks():
+    masked = {"diffusion": {"mask_prior_weight": 0.5}}
+    assert phase(plan(**masked), "training")["base model, for masks"] == 2 * sdxl_spec().num_parameters("unet")
+    assert "base model, for masks" not in phase(plan(), "training")
+
+
+def test_autocast_keeps_copies_of_float32_weights_while_sample_pictures_are_made():
+    samples = {"prompts": ["a cat"]}
+    mixed, exact = (phase(plan(samples=samples, training={"precision": name}), "making sample pictures") for name in ("bf16_mixed", "fp32"))
+    assert mixed["work space"] == 2 * sdxl_spec().num_parameters("unet") + GIB // 2
+    assert exact["work space"] == 3 * GIB  # decoding
+
+
+def test_after_an_ordinary_pass_all_gradients_and_the_largest_update_are_there_at_once():
+    sizes = {"buckets": {"resolution": 64, "min_side": 64}, "optimizer": {"name": "adamw8bit"}}
+    settings = config(**sizes, training=PURE)
+    largest = max(prod(shape) for shape in small_spec().shapes("unet").values())
+    gradients = 2 * small_spec().num_parameters("unet")
+    assert Tracer(small_spec()).step(settings, (64, 64)).peak == gradients + update_bytes(settings) * largest
 
 
 def test_the_largest_bucket_is_the_square_if_there_is_one():
@@ -113,32 +188,6 @@ def test_the_largest_bucket_is_the_square_if_there_is_one():
 def test_buckets_that_cannot_be_are_a_usage_error():
     with pytest.raises(UsageError):
         largest_bucket(config(buckets={"resolution": 256}))
-
-
-def test_savings_save_and_say_what_they_cost():
-    before = plan()
-    found = savings(config(), sdxl_spec(), StubTracer(sdxl_spec()))
-    assert found[0].change == "ema.device = cpu"
-    assert all(saving.plan.largest.bytes < before.largest.bytes for saving in found)
-    assert all(saving.price for saving in found)
-    assert min(saving.plan.largest.bytes for saving in found) == found[-1].plan.largest.bytes < 13 * GIB
-
-
-def test_nothing_is_offered_that_is_set_already_or_helps_nothing():
-    smallest = config(
-        training=PURE, optimizer={"name": "adafactor"}, ema={"device": "cpu"}, cache={"batch_size": 1, "vae_precision": "bfloat16"}
-    )
-    assert savings(smallest, sdxl_spec(), StubTracer(sdxl_spec())) == ()
-    off = config(training={"gradient_checkpointing": False})
-    changes = [saving.change for saving in savings(off, sdxl_spec(), StubTracer(sdxl_spec()))]
-    assert "training.gradient_checkpointing = True" in changes
-    assert "cache.batch_size = 1" not in changes
-
-
-def test_another_optimizer_keeps_the_learning_rate_and_nothing_else():
-    changed = with_changes(config(optimizer={"learning_rate": 3e-5, "eps": 1e-6}), {"optimizer.name": "adafactor"})
-    assert changed.optimizer.name == "adafactor"
-    assert changed.optimizer.learning_rate == 3e-5
 
 
 def test_traces_are_made_once():

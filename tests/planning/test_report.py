@@ -3,10 +3,13 @@ import sys
 
 import pytest
 
+from aquatint.models.sdxl.model import sdxl_spec
 from aquatint.planning import report
+from aquatint.planning.fit import mild_helps
+from aquatint.planning.memory import plan_memory
 from aquatint.planning.report import plan_text
 
-from .small import config, small_spec
+from .small import StubTracer, config, small_spec
 
 
 @pytest.fixture
@@ -57,8 +60,29 @@ def test_the_plan_says_steps_memory_time_and_disk_without_any_weights(pictures):
     ):
         assert part in text
     assert "a card with 8 GB should do" in text
-    assert "to need less:" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_what_would_need_less_is_listed_with_its_price():
+    spec = sdxl_spec()
+    lines = report.saving_lines(list(mild_helps(config(), spec, StubTracer(spec))))
+    assert lines[1] == "to need less (all in all, with each alone):"
+    assert any(line.endswith("ema.device=cpu (a second or so more per step, and its size in main memory)") for line in lines)
+    assert report.saving_lines([]) == []
+
+
+def test_what_a_run_on_a_gpu_keeps_in_main_memory_is_said():
+    spec = sdxl_spec()
+    assert report.elsewhere_lines(config(ema={"device": "cpu"}), spec) == ["in main memory: the moving average, 9.56 GiB"]
+    assert report.elsewhere_lines(config(), spec) == []
+    assert report.elsewhere_lines(config(ema={"device": "cpu"}, training={"device": "cpu"}), spec) == []
+
+
+def test_a_run_on_a_cpu_is_planned_in_main_memory():
+    spec = sdxl_spec()
+    plan = plan_memory(config(training={"device": "cpu"}), spec, StubTracer(spec))
+    assert report.place(plan) == "Main memory"
+    assert report.memory_lines(plan, 1)[-1].endswith("workers of the loader not counted")
 
 
 def test_folders_without_pictures_can_be_planned(tmp_path):

@@ -6,10 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aquatint.models.sdxl.model import build_unet, build_vae, decode_latents, predict, sdxl_spec
+from aquatint.optim import flat
+from aquatint.optim.clipping import Clipping
+from aquatint.optim.create import create_optimizer
+from aquatint.optim.fused import FusedBackward
 from aquatint.planning import trace
-from aquatint.planning.trace import Tally, trace_decode, trace_encode, trace_step, trace_unet
+from aquatint.planning.memory import update_bytes
+from aquatint.planning.trace import Tally, trace_decode, trace_encode, trace_step, trace_unet, with_fake_weights
 
-from .small import small_spec
+from .small import config, small_spec
 
 GIB = 1 << 30
 SMALL = {"dtype": torch.float32, "autocast": False, "checkpointing": False, "batch_size": 1, "size_hw": (128, 192)}
@@ -79,6 +84,43 @@ def test_activations_grow_with_the_batch_and_the_area(plain):
     larger = trace_step(small_spec(), **{**SMALL, "size_hw": (256, 192)})
     assert four.activations == pytest.approx(4 * plain.activations, rel=0.01)
     assert 1.5 * plain.activations < larger.activations < 2.05 * plain.activations
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+def test_steps_inside_the_backward_pass_need_what_real_ones_do(monkeypatch, optimizer):
+    monkeypatch.setattr(flat, "CPU_PIECE", 1 << 40)  # whole tensors, as on a GPU
+    settings = config(training={"precision": "fp32"}, optimizer={"name": optimizer, "learning_rate": 0.0})
+    traced = trace_step(small_spec(), **SMALL, fused_backward=True, update_bytes=update_bytes(settings))
+    torch.manual_seed(0)
+    unet = with_fake_weights(build_unet(small_spec()), torch.float32).train()
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    real = create_optimizer(optimizer, unet.named_parameters(), seed=0, **settings.optimizer.model_dump(exclude={"name"}))
+    for unit in real.units():
+        for weight in unit.params:
+            weight.grad = torch.zeros_like(weight)
+        real.update(unit)
+    real.zero_grad()
+    fused = FusedBackward(real, Clipping("per_tensor", 1.0))
+    tally = Tally([*unet.parameters(), *(t for entry in real.state.values() for t in entry.values())])
+    with tally.counting():
+        inputs = (torch.randn(1, 4, 16, 24), torch.zeros(1), torch.randn(1, 77, 40), torch.randn(1, 24), torch.zeros(1, 6))
+        loss = predict(unet, *inputs).square().mean()
+        fused.arm(torch.tensor(True))
+        loss.backward()
+        fused.finish()
+    assert all(weight.grad is None for weight in unet.parameters())
+    gradients = 4 * small_spec().num_parameters("unet")
+    assert traced.peak == pytest.approx(tally.peak, rel=0.05)
+    assert traced.peak < trace_step(small_spec(), **SMALL).peak + gradients
+
+
+def test_gradients_that_are_freed_never_exist_all_at_once():
+    few = {**SMALL, "size_hw": (32, 32), "checkpointing": True}
+    largest = 4 * max(weight.numel() for weight in build_unet(small_spec()).parameters())
+    freed, kept = (trace_step(small_spec(), **few, fused_backward=value) for value in (True, False))
+    assert kept.peak > 4 * small_spec().num_parameters("unet")
+    assert freed.peak < freed.activations + 6 * largest < 0.5 * kept.peak
 
 
 def test_checkpointing_keeps_less_and_accumulation_needs_more(plain):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aquatint.errors import UsageError
-from aquatint.training.parallelize import choose_device, ready_for_training, weight_dtype
+from aquatint.training.parallelize import choose_device, ready_for_training, trained_parameters, weight_dtype
 
 
 class Net(torch.nn.Module):
@@ -25,6 +25,11 @@ def test_every_weight_is_trained_and_activations_are_recomputed_if_asked(checkpo
     assert all(p.requires_grad for p in net.parameters())
     assert net.training
     assert net.checkpointing == checkpointing
+
+
+def test_what_is_frozen_is_not_trained():
+    net = ready_for_training(Net(), gradient_checkpointing=False, device=torch.device("cpu"), frozen=["layer.bias"])
+    assert list(trained_parameters(net)) == ["layer.weight"]
 
 
 def test_weights_are_half_precision_only_in_pure_bf16():

@@ -244,6 +244,17 @@ def test_packages_of_the_data_half_must_be_there_too(config_of, monkeypatch, sec
     assert "pip install aquatint[" in problem.hint
 
 
+def test_groups_that_fit_nothing_are_found(config_of):
+    groups = [{"match": ["conv_in", "mid_blok"], "learning_rate_factor": 0.0}, {"match": ["conv_in.bias"], "learning_rate_factor": 2.0}]
+    unknown, taken = preflight(config_of(training={"groups": groups}))
+    assert unknown.message == '"mid_blok" fits no tensor of the UNet'
+    assert unknown.hint.startswith('did you mean "mid_block" or ')
+    assert taken.message == "earlier groups have all that `training.groups.1` fits"
+    assert inspect(Inspection(config_of(training={"groups": groups}), broken={"training.groups"})).problems == []
+    everything = config_of(training={"groups": [{"match": ["*"], "learning_rate_factor": 0.0}]})
+    assert only(everything).message == "`training.groups` freezes everything"
+
+
 def test_settings_without_a_value_are_not_looked_at(config_of, tmp_path):
     config = config_of(model={"base": tmp_path / "missing"}, data={"sources": [{"path": str(tmp_path / "missing")}]})
     assert inspect(Inspection(config, broken={"model.base", "data.sources"})).problems == []

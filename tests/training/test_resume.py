@@ -5,7 +5,7 @@ import pytest
 
 from aquatint.config.schema import Config, dump
 from aquatint.errors import ResumeError
-from aquatint.training.resume import accept_config, changes
+from aquatint.training.resume import accept_base, accept_config, changes
 
 
 def config(**overrides) -> dict:
@@ -37,6 +37,30 @@ def test_another_learning_rate_is_shown_with_both_values():
 
 def test_another_optimizer_shows_its_name():
     assert "optimizer.name: adamw -> adafactor" in changes(config(), config(optimizer={"name": "adafactor"}))
+
+
+def test_another_group_is_a_change():
+    groups = [{"match": ["mid_block"], "learning_rate_factor": 0.5}]
+    (change,) = changes(config(training={"groups": groups}), config(training={"groups": [{**groups[0], "learning_rate_factor": 0.1}]}))
+    assert change.startswith("training.groups: [{'match': ['mid_block'], 'learning_rate_factor': 0.5,")
+
+
+def test_frozen_weights_come_from_the_model_that_the_run_began_with(tmp_path: Path):
+    said: list[str] = []
+    settings = {"accept_changes": False, "say": said.append}
+    accept_base(tmp_path, "one", resuming=False, **settings)
+    accept_base(tmp_path, "one", resuming=True, **settings)
+    with pytest.raises(ResumeError, match=r"`model\.base` is not the model") as caught:
+        accept_base(tmp_path, "other", resuming=True, **settings)
+    assert "--accept-changes" in caught.value.hint
+    accept_base(tmp_path, "other", resuming=True, **{**settings, "accept_changes": True})
+    assert said == ["changed: the model that frozen weights come from"]
+    accept_base(tmp_path, "other", resuming=True, **settings)
+
+
+def test_a_run_that_began_anew_may_have_another_base(tmp_path: Path):
+    accept_base(tmp_path, "one", resuming=False, accept_changes=False, say=print)
+    accept_base(tmp_path, "other", resuming=False, accept_changes=False, say=print)
 
 
 def test_a_change_needs_to_be_accepted(tmp_path: Path):

@@ -157,6 +157,15 @@ def test_the_learning_rate_of_the_step_is_used():
     assert fast.unet.weight.item() - 0.5 == pytest.approx(2 * (slow.unet.weight.item() - 0.5), rel=1e-5)
 
 
+def test_the_learning_rate_of_a_group_is_a_multiple_of_it():
+    slow, usual = parts(learning_rate=0.02), parts(learning_rate=0.02)
+    slow.optimizer.param_groups[0]["factor"] = 0.25
+    report = train_step(slow, [batch(2)], 0)
+    train_step(usual, [batch(2)], 0)
+    assert slow.unet.weight.item() - 0.5 == pytest.approx((usual.unet.weight.item() - 0.5) / 4, rel=1e-5)
+    assert report.learning_rate == 0.02
+
+
 def test_the_gradient_is_clipped_after_its_norm_is_reported():
     clipped = parts(clip_norm=1e-3, learning_rate=1.0)
     report = train_step(clipped, [batch(2)], 0)

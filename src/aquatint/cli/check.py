@@ -74,10 +74,12 @@ def show_vram(config: Config, size: str) -> None:
 
 
 def known_spec(config: Config) -> ModelSpec:
-    """The sizes of the base model; says so if they had to be assumed. Raises ModelFileError."""
+    """The sizes of the base model; says so if they had to be assumed. Raises UsageError, also for groups that do not suit it."""
     from aquatint.planning.report import find_spec
+    from aquatint.planning.trained import check_groups
 
     spec, remark = find_spec(config)
+    check_groups(config, spec)
     if remark:
         typer.echo(f"note: {remark}")
     return spec

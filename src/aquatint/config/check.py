@@ -12,6 +12,7 @@ from aquatint.config.diffusion_rules import DIFFUSION_REMARKS, DIFFUSION_RULES
 from aquatint.config.duration import Duration
 from aquatint.config.ema_rules import EMA_REMARKS, EMA_RULES
 from aquatint.config.evaluation_rules import EVALUATION_REMARKS, EVALUATION_RULES
+from aquatint.config.group_rules import GROUP_RULES
 from aquatint.config.optimizer_rules import OPTIMIZER_REMARKS, OPTIMIZER_RULES
 from aquatint.config.rule import Rule
 from aquatint.config.schema import BucketsSection, CaptionsSection, Config, LearningRateSection, SourceSection
@@ -325,6 +326,7 @@ RULES = (
     *ADAPTER_RULES,
     *DIFFUSION_RULES,
     *EMA_RULES,
+    *GROUP_RULES,
     *OPTIMIZER_RULES,
     *EVALUATION_RULES,
     *VAE_RULES,

@@ -30,9 +30,11 @@ _STAND_INS: dict[str, Any] = {  # for required settings that are missing, so tha
     "captions.categories.*": {"tags": ["missing"], "drop_prob": 0.0},
     "captions.categories.*.tags": ["missing"],
     "captions.categories.*.drop_prob": 0.0,
+    "training.groups.*": {"match": ["missing"]},
+    "training.groups.*.match": ["missing"],
 }
 
-_LISTS = ("data.sources", "captions.categories")  # sections that are lists of tables
+_LISTS = ("data.sources", "captions.categories", "training.groups")  # sections that are lists of tables
 _MAX_REPAIRS = 10  # rounds; each takes out all wrong values that can be seen, so two or three do
 
 

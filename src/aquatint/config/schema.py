@@ -331,6 +331,8 @@ class AdamWBF16Section(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
+    kernel: Literal["auto", "none"] = "auto"
+    """`auto` updates a tensor with one Triton kernel on a GPU, where Triton is installed; `none` with plain torch. Same bits."""
 
 
 class AdafactorSection(Section):
@@ -357,6 +359,8 @@ class AdamW8bitSection(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
+    kernel: Literal["auto", "none"] = "auto"
+    """`auto` updates a tensor with one Triton kernel on a GPU, where Triton is installed; `none` with plain torch. Same bits."""
 
 
 class SoapSection(Section):
@@ -416,6 +420,15 @@ class LearningRateSection(Section):
     """Where cosine and linear end, as a share of the peak."""
 
 
+class GroupSection(Section):
+    match: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    """Names of blocks, layers or tensors, with `*` for any text: "down_blocks.0", "*.attn2". docs/groups.md has a list."""
+    learning_rate_factor: Annotated[float, Field(ge=0.0, le=1000.0)] = 1.0
+    """Times `optimizer.learning_rate`; 0 freezes."""
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """Instead of `optimizer.weight_decay`; norms and biases are left out."""
+
+
 class TrainingSection(Section):
     length: Duration = Duration(1000, "steps")
     """When the run ends, counted from its beginning, also after a resume."""
@@ -433,6 +446,8 @@ class TrainingSection(Section):
     """Of the whole gradient, or of each tensor's; `delayed` goes by the whole norm of the step before, and leaves the first one."""
     fused_backward: bool = False
     """Step each tensor in the backward pass and free its gradient: 4 GB less. A gradient that is not finite then comes too late for some."""
+    groups: tuple[GroupSection, ...] = ()
+    """Parts with a learning rate of their own, or frozen: one `[[training.groups]]` table each. The first that fits a tensor counts."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 10
     """The run stops after this many steps in a row with a loss or gradient that is not finite. Such steps change no weight."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

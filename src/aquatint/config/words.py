@@ -16,6 +16,7 @@ _EXAMPLES = {
     "data.sources.*.path": 'add `path = "pictures"` under `[[data.sources]]`',
     "captions.categories.*.tags": 'add `tags = ["artist:*"]` under `[[captions.categories]]`',
     "captions.categories.*.drop_prob": "add `drop_prob = 0.5` under `[[captions.categories]]`",
+    "training.groups.*.match": 'add `match = ["down_blocks.0"]` under `[[training.groups]]`',
 }
 _OTHER_VALUES = {  # what other trainers call a choice
     "gpu": "cuda", "v": "v_prediction", "vpred": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon", "noise": "epsilon",
@@ -81,6 +82,8 @@ def wrong_value(key: str, value: Any) -> tuple[str, str]:
         return message, 'give each a `[[data.sources]]` line of its own (two brackets), and below it `path = "pictures"`'
     if generic(key) in ("captions.categories", f"captions.categories.{ANY_INDEX}"):
         return message, "give each group of tags a `[[captions.categories]]` line (two brackets), and below it `tags` and `drop_prob`"
+    if generic(key) in ("training.groups", f"training.groups.{ANY_INDEX}"):
+        return message, "give each group a `[[training.groups]]` line (two brackets), and below it `match` and `learning_rate_factor`"
     setting = find_setting(key)
     if setting is None:
         inside = next((other for other in all_keys() if other.startswith(f"{generic(key)}.")), key)

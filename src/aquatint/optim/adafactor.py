@@ -132,7 +132,7 @@ def adafactor_(
         update = (grad[piece].float() * factors.left[piece]).mul_(right)
         value = ((1 - group["lr"] * group["weight_decay"]) * weights[piece].float()).sub_(update, alpha=group["lr"])
         target = weights[piece]
-        copy_stochastic_(target, value, draw_for(target, key, piece.start * grad.shape[1])[-1], finite)
+        copy_stochastic_(target, value, draw_for(target, key, piece.start * grad.shape[1], rows=1), finite)
     if weights.data_ptr() != param.data_ptr():
         param.copy_(weights.view(param.shape))
     for name, second_moment in new.items():

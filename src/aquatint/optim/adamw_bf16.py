@@ -4,22 +4,21 @@ The math is float32, and the moments are rounded stochastically (see `rounding`)
 never decay. So are the weights; or they are rounded to the nearest, and what that leaves is kept in a third bfloat16 number and added at
 the next step (Kahan summation), for 2 bytes more. With float32 weights the moments are float32 too, and it is plain AdamW.
 
-Every operation is rounded on its own, so that all devices give the same bits. On a GPU `kernels` does them in one pass over memory.
+On a GPU `kernels` makes the whole update in one pass over memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aquatint.optim.flat import join, pieces, spread_
+from aquatint.optim.formula import adamw
 from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -27,63 +26,6 @@ Rounding = Literal["stochastic", "kahan"]
 Kernel = Literal["auto", "none"]
 NAMES = ("exp_avg", "exp_avg_sq", "compensation")  # of the state, in the order in which `adamw_` takes them
 ADAMW_SETTINGS = ("lr", "betas", "eps", "weight_decay")
-
-
-class Coefficients(NamedTuple):
-    """What AdamW multiplies with at one step: beta and 1 - beta of each moment, 1 - lr wd, and what makes bias corrections pass for all.
-
-    lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps) is step_size m / (sqrt(v) + eps') with eps' = sqrt(1 - b2^t) eps: one root and
-    one division for each weight.
-    """
-
-    beta1: float
-    rest1: float
-    beta2: float
-    rest2: float
-    decay: float
-    step_size: float
-    eps: float
-
-
-def coefficients(*, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Coefficients:
-    """Those of a step, counted from 1."""
-    beta1, beta2 = betas
-    correction = math.sqrt(1 - beta2**step)
-    return Coefficients(beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr * correction / (1 - beta1**step), eps * correction)
-
-
-def root(values: Tensor) -> Tensor:
-    """The square root, correctly rounded. On a CPU it is NumPy's: torch's there is one unit off for a sixth of all numbers."""
-    if values.device.type != "cpu":
-        return values.sqrt()
-    result = torch.empty_like(values)
-    np.sqrt(values.numpy(), out=result.numpy())
-    return result
-
-
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """New param, exp_avg and exp_avg_sq, float32, from inputs of any float dtype (arXiv 1711.05101, algorithm 2; step from 1).
-
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-    """
-    c = coefficients(step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    grad = grad.float()
-    exp_avg = exp_avg.to(torch.float32, copy=True).mul_(c.beta1).add_(grad * c.rest1)
-    exp_avg_sq = exp_avg_sq.to(torch.float32, copy=True).mul_(c.beta2).add_((grad * grad).mul_(c.rest2))
-    param = param.to(torch.float32, copy=True).mul_(c.decay)
-    param.addcdiv_(exp_avg * c.step_size, root(exp_avg_sq).add_(c.eps), value=-1)
-    return param, exp_avg, exp_avg_sq
 
 
 def compensated(param: Tensor, compensation: Tensor) -> Tensor:
@@ -106,6 +48,7 @@ class AdamWBF16(TensorwiseOptimizer):
     """AdamW over bfloat16 or float32 weights; the moments have the dtype of their weight.
 
     `rounding` is of bfloat16 weights. `seed` keys all random bits. Both are part of the parameter groups, and so of the state dict.
+    `kernel` "none" takes plain torch on a GPU too.
     """
 
     def __init__(

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquatint.optim.adamw8bit import codebook
-from aquatint.optim.adamw_bf16 import coefficients
-from aquatint.optim.rounding import LARGEST, MULTIPLIER, Key, key_constants
+from aquatint.optim.blockwise import codebook
+from aquatint.optim.formula import coefficients
+from aquatint.optim.rounding import LARGEST, MULTIPLIER, NAN_BITS, Key, key_constants
 from aquatint.optim.sizes import BLOCK
 from aquatint.optim.tensorwise import State
 
 ELEMENTS = 1024  # that one program steps
-MOVING = ["count", "start", "x0", "y0", "z0"]  # a kernel is not compiled again for each of their values
-_MULTIPLIER, _LARGEST, _BLOCK = tl.constexpr(MULTIPLIER), tl.constexpr(LARGEST), tl.constexpr(BLOCK)
+MOVING = ["start", "x0", "y0", "z0"]  # a kernel is not compiled again for some of their values
+_MULTIPLIER, _LARGEST, _NAN_BITS, _BLOCK = (tl.constexpr(number) for number in (MULTIPLIER, LARGEST, NAN_BITS, BLOCK))
 
 
 @triton.jit
@@ -47,34 +47,52 @@ def _random(place, x0, y0, z0):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _bits(value):  # type: ignore[no-untyped-def]
+    """Of a float32, as int32; for a NaN such that a number of 16 bits can be added."""
+    return tl.minimum(value.to(tl.int32, bitcast=True), _NAN_BITS)
+
+
+@triton.jit
+def _upper(bits):  # type: ignore[no-untyped-def]
+    """The bfloat16 in a float32's upper half."""
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _nearest(value):  # type: ignore[no-untyped-def]
+    """The bfloat16 nearest to a float32, the even one of two. Triton's own conversion does that too, but its interpreter truncates."""
+    bits = _bits(value)
+    return _upper(bits + 0x7FFF + ((bits >> 16) & 1))
+
+
+@triton.jit
 def _store(pointer, value, random, mask):  # type: ignore[no-untyped-def]
     """As `rounding.copy_stochastic_`."""
     if pointer.dtype.element_ty == tl.bfloat16:
         value = tl.clamp(value, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        upper = (value.to(tl.uint32, bitcast=True) + random) >> 16
-        tl.store(pointer, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(pointer, _upper(_bits(value) + random.to(tl.int32)), mask=mask)
     else:
         tl.store(pointer, value, mask=mask)
 
 
 @triton.jit
 def _advance(param, grad, exp_avg, exp_avg_sq, beta1, rest1, beta2, rest2, decay, step_size, eps):  # type: ignore[no-untyped-def]
-    """As `adamw_bf16.adamw`, float32."""
+    """As `formula.adamw`, float32."""
     exp_avg = beta1 * exp_avg + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (grad * grad)
     param = decay * param - tl.div_rn(step_size * exp_avg, tl.sqrt_rn(exp_avg_sq) + eps)
     return param, exp_avg, exp_avg_sq
 
 
-@triton.jit(do_not_specialize=MOVING)
+@triton.jit(do_not_specialize=MOVING)  # type: ignore[untyped-decorator]
 def _adamw_kernel(  # type: ignore[no-untyped-def]
     param, grad, exp_avg, exp_avg_sq, compensation, finite, count, start, x0, y0, z0,
-    beta1, rest1, beta2, rest2, decay, step_size, eps, SIZE: tl.constexpr,
+    beta1, rest1, beta2, rest2, decay, step_size, eps, size: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    own = tl.program_id(0) * size + tl.arange(0, size)
     mask = own < count
     if finite is not None:
-        mask = mask & (tl.load(finite) != 0)
+        mask = tl.where(tl.load(finite), mask, False)
     old, gradient = tl.load(param + own, mask, 0.0).to(tl.float32), tl.load(grad + own, mask, 0.0).to(tl.float32)
     first, second = tl.load(exp_avg + own, mask, 0.0).to(tl.float32), tl.load(exp_avg_sq + own, mask, 0.0).to(tl.float32)
     if compensation is not None:
@@ -84,7 +102,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     _store(exp_avg + own, first, random_x, mask)
     _store(exp_avg_sq + own, second, random_y, mask)
     if compensation is not None:
-        nearest = value.to(tl.bfloat16)
+        nearest = _nearest(value)
         tl.store(param + own, nearest, mask=mask)
         _store(compensation + own, value - nearest.to(tl.float32), random_z, mask)
     else:
@@ -93,13 +111,13 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dequantised(code, scale, value, own, block, mask):  # type: ignore[no-untyped-def]
-    """As `adamw8bit.dequantise`, of blocks (rows, 256)."""
+    """As `blockwise.dequantise`, of blocks (rows, 256)."""
     return tl.load(value + tl.load(code + own, mask, 0).to(tl.int32)) * tl.load(scale + block, mask, 0.0)
 
 
 @triton.jit
 def _store_quantised(code, scale, values, border, first, own, block, mask):  # type: ignore[no-untyped-def]
-    """As `adamw8bit.quantise`, of blocks (rows, 256)."""
+    """As `blockwise.quantise`, of blocks (rows, 256)."""
     high, low = tl.max(values, axis=1, keep_dims=True), tl.min(values, axis=1, keep_dims=True)
     extreme = tl.where(high >= -low, high, low)
     shares = tl.div_rn(values, tl.broadcast_to(tl.where(extreme == 0, 1.0, extreme), values.shape))
@@ -108,17 +126,17 @@ def _store_quantised(code, scale, values, border, first, own, block, mask):  # t
     tl.store(scale + block, extreme, mask=mask)
 
 
-@triton.jit(do_not_specialize=MOVING)
+@triton.jit(do_not_specialize=MOVING)  # type: ignore[untyped-decorator]
 def _adamw8bit_kernel(  # type: ignore[no-untyped-def]
     param, grad, exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale,
     signed_value, signed_border, signed_first, value, border, first, finite, count, start, x0, y0, z0,
-    beta1, rest1, beta2, rest2, decay, step_size, eps, SIZE: tl.constexpr,
+    beta1, rest1, beta2, rest2, decay, step_size, eps, size: tl.constexpr,
 ):  # fmt: skip
-    block = (tl.program_id(0) * (SIZE // _BLOCK) + tl.arange(0, SIZE // _BLOCK))[:, None]
+    block = (tl.program_id(0) * (size // _BLOCK) + tl.arange(0, size // _BLOCK))[:, None]
     own = block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     whole = block * _BLOCK < count
     if finite is not None:
-        whole = whole & (tl.load(finite) != 0)
+        whole = tl.where(tl.load(finite), whole, False)
     mask = tl.broadcast_to(whole, own.shape)
     old, gradient = tl.load(param + own, mask, 0.0).to(tl.float32), tl.load(grad + own, mask, 0.0).to(tl.float32)
     exp_avg = _dequantised(exp_avg_code, exp_avg_scale, signed_value, own, block, whole)
@@ -146,25 +164,25 @@ def adamw_(
     tensors = (param, grad, exp_avg, exp_avg_sq, compensation)
     _check(tensors)
     places = (param.numel(), start, *key_constants(key))
-    with torch.cuda.device_of(param):
+    with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
         _adamw_kernel[(triton.cdiv(param.numel(), ELEMENTS),)](
-            *tensors, finite, *places, *coefficients(**settings), SIZE=ELEMENTS, enable_fp_fusion=False
+            *tensors, finite, *places, *coefficients(**settings), size=ELEMENTS, enable_fp_fusion=False
         )
 
 
-def adamw8bit_(
-    param: Tensor, grad: Tensor, state: State, piece: slice, *, key: Key, finite: Tensor | None = None, **settings: Any
-) -> None:
+def adamw8bit_(param: Tensor, grad: Tensor, state: State, piece: slice, *, key: Key, finite: Tensor | None = None, **settings: Any) -> None:
     """As `adamw8bit.adamw8bit_`. Raises ValueError for a tensor that is not contiguous."""
     blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
-    moments = [state[f"{name}_{part}"][piece if part == "code" else blocks] for name in ("exp_avg", "exp_avg_sq") for part in ("code", "scale")]
+    moments = [
+        state[f"{name}_{part}"][piece if part == "code" else blocks] for name in ("exp_avg", "exp_avg_sq") for part in ("code", "scale")
+    ]
     tensors = (param[piece], grad[piece], *moments)
     _check(tensors)
     books = (*codebook(True, param.device), *codebook(False, param.device))
     places = (tensors[0].numel(), piece.start, *key_constants(key))
-    with torch.cuda.device_of(param):
+    with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
         _adamw8bit_kernel[(triton.cdiv(places[0], ELEMENTS),)](
-            *tensors, *books, finite, *places, *coefficients(**settings), SIZE=ELEMENTS, enable_fp_fusion=False
+            *tensors, *books, finite, *places, *coefficients(**settings), size=ELEMENTS, enable_fp_fusion=False
         )
 
 

@@ -18,6 +18,7 @@ Key = tuple[int, int]
 
 LARGEST: float = torch.finfo(torch.bfloat16).max
 LOW_BITS = 1 << 16  # float32 has this many values per bfloat16 step: the upper half of its bits is a bfloat16
+NAN_BITS = 0x7FFF0000  # of a NaN that 16 bits can be added to: those of a GPU have all bits set, and would become a zero
 MULTIPLIER, INCREMENT = 1664525, 1013904223  # of the generator's first round
 
 
@@ -33,8 +34,8 @@ def key_constants(key: Key) -> tuple[int, int, int]:
     return _wrapped(INCREMENT + y * z), _wrapped(y), _wrapped(z)
 
 
-def draw_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:
-    """Numbers (3, count) uniform in 0..65535, int32, for `count` places from `start` on.
+def draw_bits(key: Key, start: int, count: int, device: torch.device, *, rows: int = 3) -> Tensor:
+    """Numbers (3, count) uniform in 0..65535, int32, for `count` places from `start` on; or only the last `rows` of the three.
 
     pcg3d of two neighbours' place and the key (Jarzynski & Olano 2020, "Hash Functions for GPU Rendering", JCGT 9(3)): three
     words of 32 bits, of which each neighbour has a half. Lower halves are the weaker ones, so that upper ones are laid over them.
@@ -51,13 +52,14 @@ def draw_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     x.addcmul_(y, z)
     y.addcmul_(z, x)
     z.addcmul_(x, y)
+    words = words[-rows:]
     words ^= _upper_half(words)
     return words.view(torch.uint16)[:, start % 2 :][:, :count].to(torch.int32)
 
 
-def draw_for(target: Tensor, key: Key, start: int = 0) -> Tensor:
+def draw_for(target: Tensor, key: Key, start: int = 0, *, rows: int = 3) -> Tensor:
     """`draw_bits` (3, n) for the n elements of `target`, the first of which is at place `start`; none (3, 0) if it is float32."""
-    return draw_bits(key, start, target.numel() if target.dtype == torch.bfloat16 else 0, target.device)
+    return draw_bits(key, start, target.numel() if target.dtype == torch.bfloat16 else 0, target.device, rows=rows)
 
 
 def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
@@ -66,8 +68,8 @@ def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
     Values that bfloat16 can hold come back as they are, and NaN as NaN. What lies beyond its largest number, infinity too, becomes that.
     (arXiv 2010.06192)
     """
-    bits = value.clamp(-LARGEST, LARGEST).view(torch.int32).add_(random_bits).bitwise_and_(-LOW_BITS)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    bits = value.clamp(-LARGEST, LARGEST).view(torch.int32).clamp_(max=NAN_BITS)
+    return bits.add_(random_bits).bitwise_and_(-LOW_BITS).view(torch.float32).to(torch.bfloat16)
 
 
 def write_(target: Tensor, value: Tensor, finite: Tensor | None = None) -> None:

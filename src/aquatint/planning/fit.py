@@ -10,7 +10,7 @@ from typing import Any
 from aquatint.config.check import RULES, find
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
-from aquatint.planning.knobs import KNOBS, Changes, Knob, Level, changes_text, with_changes
+from aquatint.planning.knobs import KNOBS, Changes, Knob, Level, changes_text, fused_backward, with_changes
 from aquatint.planning.memory import (
     DTYPE_BYTES,
     GIB,
@@ -26,16 +26,14 @@ from aquatint.planning.memory import (
     training,
 )
 from aquatint.planning.shapes import largest_bucket
-from aquatint.planning.trained import num_trained, weight_dtype
+from aquatint.planning.trained import num_frozen, num_trained, unet_dtype, weight_dtype
 
 ENCODING = ("encoding pictures",)
 NOTABLY_LESS = 0.95
 ALMOST = 0.98  # activations grow with the batch a trifle less than in proportion
-BEYOND = (
-    Level({"training.batch_size": 1, "training.accumulation_steps": 1}, 100, "one picture per step, with a lower learning rate"),
-    Level({"buckets.resolution": 768}, 100, "smaller pictures"),
-    Level({"adapter.kind": "lora"}, 100, "a LoRA instead of the whole UNet, with a learning rate of 1e-4"),
-)
+ONE_PICTURE = {"training.batch_size": 1, "training.accumulation_steps": 1}
+SMALLER = Level({"buckets.resolution": 768}, 100, "smaller pictures")
+LORA = Level({"adapter.kind": "lora"}, 100, "a LoRA instead of the whole UNet, with a learning rate of 1e-4")
 
 
 @dataclass(frozen=True)
@@ -158,21 +156,20 @@ class Search:
 
     def _trains(self, levels: tuple[Level, ...]) -> bool:
         changes = merged(levels)
-        changed = with_changes(self.config, changes)
-        if not is_allowed(changed):
+        if not self._steps({key: value for key, value in changes.items() if not key.startswith("samples.")}):
             return False
-        core = {key: value for key, value in changes.items() if not key.startswith("samples.")}
-        if not (self._steps(core) and self._samples(changed)):
+        changed = with_changes(self.config, changes)
+        if not (is_allowed(changed) and self._samples(changed)):
             return False
         phases = plan_memory(changed, self.spec, self.tracer).phases
         return all(phase.bytes <= self.room for phase in phases if phase.name not in ENCODING)
 
     def _steps(self, changes: Changes) -> bool:
-        """Whether the steps fit. A bound that is sooner known comes before the full trace."""
+        """Whether these changes are allowed and the steps fit. A bound that is sooner known comes before the full trace."""
         key = repr(sorted(changes.items()))
         if key not in self._fitting_steps:
             config = with_changes(self.config, changes)
-            fits = self._least_bytes(config) <= self.room
+            fits = is_allowed(config) and self._least_bytes(config) <= self.room
             self._fitting_steps[key] = fits and training(config, self.spec, self.tracer, self.size_hw).bytes <= self.room
         return self._fitting_steps[key]
 
@@ -186,7 +183,8 @@ class Search:
             return stays + gradients
         alone = with_changes(config, {"training.batch_size": 1})
         one = self.tracer.step(alone, self.size_hw)
-        copies = num_trained(config, self.spec) * DTYPE_BYTES["bfloat16"] if section.precision == "bf16_mixed" else 0
+        copied = num_trained(config, self.spec) + (num_frozen(config, self.spec) if unet_dtype(config) == "float32" else 0)
+        copies = copied * DTYPE_BYTES["bfloat16"] if section.precision == "bf16_mixed" else 0
         each = max(0, one.activations - (0 if section.gradient_checkpointing else copies))
         return stays + max(one.peak, int(ALMOST * each * section.batch_size))
 
@@ -217,7 +215,8 @@ class Search:
 
 def beyond(found: Fit, spec: ModelSpec, tracer: Tracer) -> Iterator[Help]:
     """For a run that fits in no way: changes of what is trained with which it would, on top of all others."""
-    for level in BEYOND:
+    freed = merged(fused_backward(found.config))
+    for level in (Level({**ONE_PICTURE, **freed}, 100, "one picture per step, with a lower learning rate"), SMALLER, LORA):
         changed = with_changes(found.config, level.changes)
         if changed != found.config and is_allowed(changed):
             plan = plan_memory(changed, spec, tracer)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aquatint.config.schema import Config
+from aquatint.config.schema import NEVER, Config
+from aquatint.config.template import to_toml
 from aquatint.planning.memory import makes_samples
 from aquatint.planning.shapes import sample_size
 
@@ -59,7 +60,8 @@ def _sample_pictures(config: Config) -> tuple[Level, ...]:
     return (*found, Level({"samples.every": None}, 12, "no pictures to look at while it trains"))
 
 
-def _fused_backward(config: Config) -> tuple[Level, ...]:
+def fused_backward(config: Config) -> tuple[Level, ...]:
+    """A step inside the backward pass, with a clip that it can do."""
     section = config.training
     if section.fused_backward:
         return ()
@@ -92,7 +94,8 @@ def _batch(config: Config) -> tuple[Level, ...]:
 def _average(config: Config) -> tuple[Level, ...]:
     if not config.ema.enabled:
         return ()
-    off = Level({"ema.enabled": False}, 30, "no average: pictures and export are of the last weights")
+    powers: Changes = {"ema.power_stds": ()} if config.ema.power_stds else {}
+    off = Level({"ema.enabled": False, **powers}, 30, "no average: pictures and export are of the last weights")
     if config.ema.device == "cpu":
         return (off,)
     return (Level({"ema.device": "cpu"}, 15, "a second or so more per step, and its size in main memory"), off)
@@ -117,7 +120,7 @@ KNOBS = (
     Knob("pictures encoded at once", _encoding_at_once, ("encoding pictures",)),
     Knob("precision of encoding", _encoding_precision, ("encoding pictures",)),
     Knob("sample pictures", _sample_pictures, ("making sample pictures",)),
-    Knob("step inside the backward pass", _fused_backward, STEPS),
+    Knob("step inside the backward pass", fused_backward, STEPS),
     Knob("batch and accumulation", _batch, STEPS),
     Knob("moving average", _average, WEIGHTS),
     Knob("precision of weights", _precision, WEIGHTS),
@@ -145,4 +148,6 @@ def changes_text(changes: Changes) -> str:
 
 def value_text(value: Any) -> str:
     """A value as an override."""
-    return "never" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return NEVER
+    return value if isinstance(value, str) else to_toml(value)

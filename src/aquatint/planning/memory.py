@@ -16,8 +16,9 @@ from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.optim.sizes import state_bytes
+from aquatint.planning.groups import frozen_names
 from aquatint.planning.shapes import largest_bucket, sample_size
-from aquatint.planning.trained import adapter_spec, num_trained, trained_shapes, unet_dtype, weight_dtype
+from aquatint.planning.trained import adapter_spec, num_frozen, num_trained, trained_shapes, unet_dtype, weight_dtype
 
 if TYPE_CHECKING:
     from aquatint.planning.trace import PassCost, StepCost
@@ -28,11 +29,11 @@ FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE_BATCH = 8  # prompts that are sampled at once
 OUTSIDE_BYTES = 3 * GIB // 2  # driver, libraries, and room that the allocator cannot use: a guess on the safe side
-PROCESS_BYTES = GIB // 2  # of main memory: Python, torch, diffusers and transformers, loaded
-UPDATE_BYTES = {  # of temporary tensors while a weight is stepped on a GPU, per element: with weights in bfloat16, and in float32
-    "adamw": (0, 0), "adamw_bf16": (26, 16), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (26, 24),
+PROCESS_BYTES = 6 * GIB // 10  # of main memory: Python, torch, diffusers and transformers, and what they take for themselves
+UPDATE_BYTES = {  # of temporary tensors while a weight is stepped on a GPU by plain torch, per element: bfloat16 weights, float32 ones
+    "adamw": (0, 0), "adamw_bf16": (30, 20), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (30, 24),
 }  # fmt: skip
-KAHAN_BYTES = 34
+KAHAN_BYTES = 40
 CARD_GIB = (8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 
 
@@ -103,7 +104,7 @@ class Tracer:
             "checkpointing": training.gradient_checkpointing, "batch_size": training.batch_size,
             "accumulating": training.accumulation_steps > 1, "fused_backward": training.fused_backward,
             "adapter": adapter_spec(config), "adapter_dtype": getattr(torch, weight_dtype(config)),
-            "on_gpu": on_gpu(config),
+            "frozen": frozen_names(config, self.spec.shapes("unet")), "on_gpu": on_gpu(config),
         }  # fmt: skip
         if training.fused_backward:
             return self._once(trace_step, {**settings, "update_bytes": update_bytes(config)})
@@ -208,15 +209,16 @@ def resident_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
     weights, optimizer, average = state_parts(config, spec)
     has_average = config.ema.enabled and (config.ema.device == "model" or not on_gpu(config))
     trained = (weights, optimizer, average) if has_average else (weights, optimizer)
-    if config.adapter.kind != "none":
-        return (frozen_part(config, spec), *trained)
-    return (*trained, _prior_part(config, spec)) if config.diffusion.mask_prior_weight > 0 else trained
+    frozen = (frozen_part(config, spec),) if num_frozen(config, spec) else ()
+    has_prior = config.diffusion.mask_prior_weight > 0 and config.adapter.kind == "none"  # an adapter is beside what it needs
+    return (*frozen, *trained, *((_prior_part(config, spec),) if has_prior else ()))
 
 
 def frozen_part(config: Config, spec: ModelSpec) -> Part:
-    """The UNet that an adapter is beside: no gradients, no state, no average."""
-    dtype, parameters = unet_dtype(config), spec.num_parameters("unet")
-    return Part("frozen UNet", parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
+    """The UNet that an adapter is beside, or what groups freeze of it: no gradients, no state, no average."""
+    dtype, parameters, is_whole = unet_dtype(config), num_frozen(config, spec), config.adapter.kind != "none"
+    name = "frozen UNet" if is_whole else "frozen weights"
+    return Part(name, parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
 
 
 def _prior_part(config: Config, spec: ModelSpec) -> Part:
@@ -237,7 +239,7 @@ def training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int
     freed = config.training.fused_backward and config.training.accumulation_steps == 1
     gradients = "gradients freed one by one" if freed else f"gradients {gib(weights * weight_bytes)}"
     alone = [gradients, f"activations {gib(traced.activations)}"]
-    if config.training.precision == "bf16_mixed":  # of what is trained: a frozen UNet is bf16 itself
+    if config.training.precision == "bf16_mixed":  # of what is trained: a frozen UNet is bf16 itself, and frozen weights go as they come
         alone.append(f"bf16 copies of the weights {gib(weights * DTYPE_BYTES['bfloat16'])}")
     note = f"the most at one time; alone: {', '.join(alone)}"
     return Phase("training", (*step_parts(config, spec), Part("gradients and activations", traced.peak, note)))

@@ -9,6 +9,7 @@ from aquatint.config.schema import Config, SourceSection
 from aquatint.data.downloads import is_url, public_name
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
+from aquatint.planning import groups
 from aquatint.planning.disk import plan_disk
 from aquatint.planning.fit import Help, mild_helps
 from aquatint.planning.forecast import forecast_lines
@@ -16,6 +17,7 @@ from aquatint.planning.knobs import changes_text
 from aquatint.planning.memory import MemoryPlan, Part, Tracer, gib, on_gpu, plan_memory, state_parts
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps
 from aquatint.planning.sources import is_remote, list_source, repeats_of, sources_of
+from aquatint.planning.trained import check_groups, trainable_shapes
 
 NAME_WIDTH, SIZE_WIDTH = 28, 11
 
@@ -23,6 +25,7 @@ NAME_WIDTH, SIZE_WIDTH = 28, 11
 def plan_text(config: Config) -> str:
     """Everything that can be known beforehand. Needs neither weights nor a GPU. Raises UsageError for an unusable base."""
     spec, remark = find_spec(config)
+    check_groups(config, spec)
     pictures = [0 if is_remote(source) else list_source(source).num_pictures for source in sources_of(config)]
     tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
     total, apart = sum(pictures), pictures_of(config, pictures, "validation")
@@ -30,6 +33,7 @@ def plan_text(config: Config) -> str:
     blocks = [
         [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
         ["Steps", *steps_lines(config, pictures, steps)],
+        ["What is trained", *groups.table(config, trainable_shapes(config, spec))],
         [place(memory), *memory_lines(memory, config.training.batch_size), *elsewhere_lines(config, spec), *saving_lines(least)],
         ["Time", *(forecast_lines(config, tracer, steps, total, apart) if steps else ["unknown without pictures"])],
         ["Disk", *table(plan_disk(config, spec, total, steps))],

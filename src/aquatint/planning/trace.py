@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +130,12 @@ def trace_step(
     adapter: AdapterSpec | None = None,
     adapter_dtype: torch.dtype | None = None,
     update_bytes: int = 0,
+    frozen: Collection[str] = (),
     on_gpu: bool = True,
 ) -> StepCost:
     """One training pass of the UNet on pictures of `size_hw` pixels; with `adapter`, of that beside the frozen UNet.
+
+    `frozen` names weights of the UNet that are not trained.
 
     `accumulating`: the gradients of an earlier pass are there already. `fused_backward`: each is freed as soon as it is complete.
     `update_bytes` are those that stepping it takes just then, per element.
@@ -147,6 +150,8 @@ def trace_step(
             unet.enable_gradient_checkpointing()
         if adapter is not None:
             _adapt(unet, adapter, adapter_dtype or dtype, norms_in_float32=autocast and on_gpu)
+        for name in frozen:
+            unet.get_parameter(name).requires_grad_(False)
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
         tally = Tally(unet.parameters())
         inputs = _unet_inputs(spec, batch_size, size_hw, num_tokens)

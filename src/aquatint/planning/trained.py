@@ -1,13 +1,15 @@
-"""What a run trains: the UNet, or an adapter beside it. Names, shapes and number formats, without weights."""
+"""What a run trains: the UNet or a part of it, or an adapter beside it. Names, shapes and number formats, without weights."""
 
 from __future__ import annotations
 
 from math import prod
 
 from aquatint.config.schema import Config
+from aquatint.errors import UsageError
 from aquatint.models.adapter_shapes import AdapterSpec, adapter_shapes
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.models.sdxl.shapes import Shape
+from aquatint.planning.groups import frozen_names, group_findings
 
 
 def adapter_spec(config: Config) -> AdapterSpec | None:
@@ -19,15 +21,33 @@ def adapter_spec(config: Config) -> AdapterSpec | None:
     return AdapterSpec(section.kind, section.rank, alpha, section.targets, section.rslora)
 
 
-def trained_shapes(config: Config, spec: ModelSpec) -> dict[str, Shape]:
-    """Name -> shape of everything that is trained."""
+def trainable_shapes(config: Config, spec: ModelSpec) -> dict[str, Shape]:
+    """Name -> shape of everything that is trained unless a group freezes it."""
     adapter = adapter_spec(config)
     return spec.shapes("unet") if adapter is None else adapter_shapes(spec.shapes("unet"), adapter)
+
+
+def trained_shapes(config: Config, spec: ModelSpec) -> dict[str, Shape]:
+    """Name -> shape of everything that is trained."""
+    shapes = trainable_shapes(config, spec)
+    frozen = frozen_names(config, shapes)
+    return {name: shape for name, shape in shapes.items() if name not in frozen}
+
+
+def check_groups(config: Config, spec: ModelSpec) -> None:
+    """Raises UsageError for groups that do not suit what is trained."""
+    for finding in group_findings(config, trainable_shapes(config, spec)):
+        raise UsageError(f"{finding.message} (`{finding.keys[0]}`)", hint=finding.hint)
 
 
 def num_trained(config: Config, spec: ModelSpec) -> int:
     """How many numbers are trained."""
     return sum(map(prod, trained_shapes(config, spec).values()))
+
+
+def num_frozen(config: Config, spec: ModelSpec) -> int:
+    """How many numbers of the UNet stay as they are."""
+    return spec.num_parameters("unet") - (num_trained(config, spec) if config.adapter.kind == "none" else 0)
 
 
 def weight_dtype(config: Config) -> str:
@@ -36,6 +56,6 @@ def weight_dtype(config: Config) -> str:
 
 
 def unet_dtype(config: Config) -> str:
-    """The number format of the UNet. One that is frozen needs no room for small steps."""
+    """The number format of the UNet. One that is frozen as a whole needs no room for small steps."""
     is_half = config.adapter.kind != "none" and config.training.precision != "fp32"
     return "bfloat16" if is_half else weight_dtype(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from aquatint.data.downloads import public_name
 from aquatint.data.ledger import summary
 from aquatint.models.adapters import adapted_layers
 from aquatint.models.sdxl.process import Process
+from aquatint.models.sdxl.shapes import Shape
 from aquatint.models.sdxl.tokenizer import chunk_reports
+from aquatint.planning.groups import table
 from aquatint.planning.schedule import count, plan_steps
 from aquatint.training.layout import Layout
 from aquatint.training.parallelize import trained_parameters
@@ -31,8 +33,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def announcement(config: Config, data: Prepared, parts: Parts, process: Process) -> Iterator[str]:
-    """One line per fact: pictures, buckets, steps, objective, and what will train."""
+def announcement(config: Config, data: Prepared, parts: Parts, process: Process, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """One line per fact: pictures, buckets, steps, objective, and what will train. `shapes` are of all that groups can name."""
     manifest = data.manifest
     yield f"pictures    {summary(manifest).replace(' pictures', '', 1)} (see ledger.txt)"
     if len(data.held_out):
@@ -60,6 +62,8 @@ def announcement(config: Config, data: Prepared, parts: Parts, process: Process)
         yield f"{'' if index else 'objective':<12}{line}"
     yield f"trains      {trained_text(parts.unet)}"
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
+    for line in table(config, shapes) if config.training.groups else ():
+        yield f"{'':<12}{line}"
     yield f"stays       {'the UNet, ' if adapted_layers(parts.unet) else ''}text encoders and autoencoder"
 
 
@@ -67,7 +71,10 @@ def trained_text(unet: torch.nn.Module) -> str:
     """How much is trained, and where."""
     trained, layers = list(trained_parameters(unet).values()), len(adapted_layers(unet))
     total, dtype = sum(p.numel() for p in trained), str(trained[0].dtype).removeprefix("torch.")
-    return f"{total:,} adapter weights in {dtype}, in {count(layers, 'layer')}" if layers else f"the UNet: {total:,} weights in {dtype}"
+    if layers:
+        return f"{total:,} adapter weights in {dtype}, in {count(layers, 'layer')}"
+    frozen = sum(p.numel() for p in unet.parameters()) - total
+    return f"the UNet: {total:,} weights in {dtype}" + (f"; {frozen:,} are frozen" if frozen else "")
 
 
 def objective_lines(config: Config, process: Process, parts: Parts) -> Iterator[str]:

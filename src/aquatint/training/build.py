@@ -24,10 +24,11 @@ from aquatint.errors import Interrupted
 from aquatint.models.adapters import Frozen
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.optim.clipping import Clipping
-from aquatint.optim.create import create_optimizer
+from aquatint.optim.create import create_optimizer, idle_steps
 from aquatint.optim.fused import FusedBackward
 from aquatint.optim.lr import learning_rate_factor
-from aquatint.planning.trained import unet_dtype
+from aquatint.planning.groups import own_settings
+from aquatint.planning.trained import check_groups, num_frozen, trainable_shapes, unet_dtype
 from aquatint.storage import append_text, check_writable, folder_lock, shared_lock, write_json, write_text
 from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
@@ -35,6 +36,7 @@ from aquatint.tracking.tracker import Several, Tracker, guarded
 from aquatint.training import checkpoint
 from aquatint.training.adapting import adapting, check_start, tag_frequency
 from aquatint.training.announce import announcement, captions_text
+from aquatint.training.audit import Audit
 from aquatint.training.breakdown import Breakdown, choose_breakdown
 from aquatint.training.checkpoint import Trained
 from aquatint.training.dry_step import as_in_training, try_step
@@ -55,7 +57,7 @@ from aquatint.training.overfit import Watch
 from aquatint.training.parallelize import choose_device, ready_for_training, trained_parameters
 from aquatint.training.prepare import Prepared, prepare
 from aquatint.training.results import TAGS_FILE, export_weights, sample_request
-from aquatint.training.resume import accept_config
+from aquatint.training.resume import accept_base, accept_config
 from aquatint.training.saver import Saver, share_of_memory
 from aquatint.training.state import Every, TrainState
 from aquatint.training.step import Parts
@@ -123,12 +125,15 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     """Puts a run together, from its checkpoint if there is one. What must be closed goes on `stack`."""
     base = open_base(config.model.base, config.model.vae)
     objective = choose_objective(config, base)
+    check_groups(config, base.spec)
     checkpoints = folder / "checkpoints"
     checkpoint.clean(checkpoints)
     latest, notes = checkpoint.newest(checkpoints)
     for note in notes:
         say(f"warning: {note}")
     accept_config(folder, dump(config), resuming=latest is not None, accept_changes=accept_changes, say=say)
+    if num_frozen(config, base.spec):
+        accept_base(folder, base.digest("unet"), resuming=latest is not None, accept_changes=accept_changes, say=say)
     if latest is None:
         check_start(config, base)
     data = prepare(config, base, say=say)
@@ -140,7 +145,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     write_json(folder / "config.json", dump(config))
     write_json(folder / "environment.json", environment())
     parts, trained, total_steps = build_parts(config, base, objective, data, resuming=latest is not None)
-    for line in announcement(config, data, parts, choose_process(config, base)):
+    for line in announcement(config, data, parts, choose_process(config, base), trainable_shapes(config, base.spec)):
         say(line)
     state = TrainState()
     if latest is not None:
@@ -178,6 +183,8 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         with as_in_training(config, base.spec, parts):
             for task in looks:
                 task.run(state, None)  # type: ignore[arg-type]
+        audit = Audit(parts, display.note, idle_steps(config.optimizer.name))
+        run.tasks = (Task(audit, audit.run), *run.tasks)
     return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
 
 
@@ -206,9 +213,12 @@ def build_parts(
     device = choose_device(config.training.device)
     unet = base.load_unet(getattr(torch, unet_dtype(config)))
     adapt = adapting(config, base, resuming=resuming)
-    model = ready_for_training(unet, gradient_checkpointing=config.training.gradient_checkpointing, device=device, adapt=adapt)
+    own = own_settings(config, trainable_shapes(config, base.spec))
+    frozen_parts = [name for name, group in own.items() if group.is_frozen]
+    checkpointing = config.training.gradient_checkpointing
+    model = ready_for_training(unet, gradient_checkpointing=checkpointing, device=device, adapt=adapt, frozen=frozen_parts)
     settings = config.optimizer.model_dump(exclude={"name"})
-    optimizer = create_optimizer(config.optimizer.name, trained_parameters(model).items(), seed=config.run.seed, **settings)
+    optimizer = create_optimizer(config.optimizer.name, trained_parameters(model).items(), seed=config.run.seed, own=own, **settings)
     clipping = Clipping(config.training.clip, config.training.clip_norm, device=device)
     fused = FusedBackward(optimizer, clipping) if config.training.fused_backward else None
     ema = build_ema(config, model, data.samples_per_epoch)

@@ -174,7 +174,7 @@ def fill(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ResumeError(
                 f"{path} does not fit this run: `{different[0]}` and {len(different) - 1} others differ in name, shape or number format",
-                hint="continue with the same base model, precision and optimizer, or give the run another name",
+                hint="continue with the same base model, precision, optimizer and groups, or give the run another name",
             )
         for name, tensor in tensors.items():
             if tensor.device.type == "cpu" and tensor.is_contiguous():

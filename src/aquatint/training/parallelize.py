@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -41,18 +41,28 @@ def weight_dtype(precision: Literal["bf16_mixed", "bf16_pure", "fp32"]) -> torch
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What is trained of a model, by name: all of it, or the adapters of a frozen one."""
+    """What is trained of a model, by name: all of it but for what groups freeze, or the adapters of a frozen one."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def ready_for_training(
-    unet: Any, *, gradient_checkpointing: bool, device: torch.device, adapt: Callable[[Any], None] | None = None
+    unet: Any,
+    *,
+    gradient_checkpointing: bool,
+    device: torch.device,
+    adapt: Callable[[Any], None] | None = None,
+    frozen: Collection[str] = (),
 ) -> torch.nn.Module:
-    """The UNet on its device, recomputing activations if asked. All weights are trained, or those that `adapt` adds while it freezes it."""
+    """The UNet on its device, recomputing activations if asked.
+
+    All weights but the `frozen` ones are trained, or those that `adapt` adds while it freezes the UNet.
+    """
     if adapt is None:
         unet.requires_grad_(True)
     else:
         adapt(unet)
+    for name in frozen:
+        unet.get_parameter(name).requires_grad_(False)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()

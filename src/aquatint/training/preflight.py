@@ -22,8 +22,9 @@ from aquatint.models.adapter_files import check_adapter
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.planning.disk import cache_bytes_per_picture, checkpoint_bytes, exported_part
+from aquatint.planning.groups import group_findings
 from aquatint.planning.sources import Listing, is_remote, list_source, sources_of
-from aquatint.planning.trained import adapter_spec
+from aquatint.planning.trained import adapter_spec, trainable_shapes
 from aquatint.storage import check_writable, free_bytes
 from aquatint.training.process import conflicts, remarks
 
@@ -91,6 +92,9 @@ def _inspect_base(found: Inspection) -> BaseModel | None:
         found.notices += [] if against else remarks(found.config, base)
     if found.knows("adapter"):
         _inspect_start(found, base)
+    if found.knows("adapter", "training.groups"):
+        for finding in group_findings(found.config, trainable_shapes(found.config, base.spec)):
+            found.problem(finding.keys[0], finding.message, finding.hint)
     return base
 
 

@@ -23,7 +23,7 @@ from aquatint.training.ema_snapshots import NOTABLE_RESIDUAL, rebuilt
 from aquatint.training.exports import export_adapter, export_model
 from aquatint.training.objective import Objective
 from aquatint.training.objectives import choose_objective, choose_process, sampling_schedule, sampling_steps
-from aquatint.training.parallelize import choose_device, trained_parameters
+from aquatint.training.parallelize import choose_device
 from aquatint.training.sampling import SampleRequest, TextEmbeds, make_samples
 from aquatint.utils.progress import say
 
@@ -54,8 +54,8 @@ def load_unet(config: Config, base: BaseModel, checkpoint_name: str | None, devi
         check_fits(config, base, path, weights)
         if (spec := adapter_spec(config)) is not None:
             attach(unet, spec, dtype)
-        for name, parameter in trained_parameters(unet).items():
-            parameter.copy_(weights[name].load())
+        for name, tensor in weights.items():
+            unet.get_parameter(name).copy_(tensor.load())
     return unet.to(device).eval()  # type: ignore[no-any-return]
 
 
@@ -65,17 +65,21 @@ def check_fits(config: Config, base: BaseModel, path: Path, weights: Mapping[str
     if found != trained_shapes(config, base.spec):
         raise UsageError(
             f"{path} does not hold what this config trains",
-            hint="set `model.base` and `adapter` as they were in the run: its folder has them in config.json, and can stand for the config",
+            hint="set `model.base`, `adapter` and `training.groups` as they were in the run: "
+            "its folder has them in config.json, and can stand for the config",
         )
 
 
 def export_weights(
     config: Config, base: BaseModel, weights: Mapping[str, torch.Tensor | LazyTensor], target: Path, section: ExportSection
 ) -> tuple[Path, ...]:
-    """Writes trained weights as the section asks for it: the model, or the adapter and on request the model with it. Returns the paths."""
+    """Writes trained weights as the section asks for it: the model, or the adapter and on request the model with it. Returns the paths.
+
+    What groups froze is the base's.
+    """
     spec, process, resolution = adapter_spec(config), choose_process(config, base), config.buckets.resolution
     if spec is None:
-        return export_model(base, weights, target, section, config.run.name, process, resolution)
+        return export_model(base, {**base.component("unet"), **weights}, target, section, config.run.name, process, resolution)
     tags = config.run.folder / config.run.name / TAGS_FILE
     frequency = json.loads(tags.read_text()) if tags.exists() else {}
     written = export_adapter(base, weights, spec, target, section, config.run.name, process, resolution, frequency)

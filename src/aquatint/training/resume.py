@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aquatint.errors import ResumeError
+from aquatint.storage import write_json
 
 # These change nothing of what is trained. The pictures themselves are compared by content, whatever their path.
 FREE = (
@@ -58,3 +59,16 @@ def accept_config(
         )
     for change in found:
         say(f"changed: {change}")
+
+
+def accept_base(folder: Path, digest: str, *, resuming: bool, accept_changes: bool, say: Callable[[str], None]) -> None:
+    """Keeps the digest of the UNet that frozen weights come from, since checkpoints do not hold them. Raises ResumeError for another one."""
+    path = folder / "base.json"
+    if resuming and path.exists() and json.loads(path.read_text())["unet"] != digest:
+        if not accept_changes:
+            raise ResumeError(
+                f"`model.base` is not the model that the run in {folder} began with, and what is frozen comes from there",
+                hint="set it back, add --accept-changes to go on with the new one, or start another run with run.name=...",
+            )
+        say("changed: the model that frozen weights come from")
+    write_json(path, {"unet": digest})

@@ -91,9 +91,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step of the UNet that was launched. `numbers` (3 + B,) float32 are its loss, its norm, whether it is finite, and each sample's loss.
+    """A step of the UNet that was launched, with what the host knows of it anyway.
 
-    They are in main memory, and mean something once `arrived` has happened. What the host knows anyway is kept until then.
+    `numbers` (3 + B,) float32 are its loss, its gradient's norm, whether it is finite, and the loss of each sample. They are in main
+    memory, and mean something once `arrived` has happened.
     """
 
     numbers: Tensor
@@ -135,7 +136,7 @@ def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> Pending:
     """
     learning_rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("factor", 1.0)
     samples, loss = sum(len(batch.names) for batch in batches), None
     placed = [parts.adaptation.placed(batch) if parts.adaptation else batch for batch in batches]
     found = []

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from aquatint.data.batch import Batch
 from aquatint.errors import AquatintError, NumericalError
 from aquatint.training.breakdown import Breakdown
-from aquatint.training.state import Every, TrainState
+from aquatint.training.state import TrainState
 from aquatint.training.step import Launched, Parts, StepReport, train_step
 
 
@@ -26,11 +26,17 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
+class Occasion(Protocol):
+    """When something is to be done: `Every` so often, or once."""
+
+    def due(self, before: TrainState, after: TrainState, *, seconds: float = 0.0) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """Something that is done every so often, between two steps. It returns the state, mostly as it got it."""
 
-    every: Every
+    every: Occasion
     run: Callable[[TrainState, StepReport], TrainState]
     last: list[float] = field(default_factory=lambda: [time.monotonic()])
 
