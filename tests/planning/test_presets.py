@@ -3,6 +3,7 @@
 import re
 import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from aquatint.models.sdxl.model import sdxl_spec
 from aquatint.planning.memory import GIB, plan_memory
 
 PRESETS = sorted((entry for entry in (files("aquatint.config") / "presets").iterdir() if entry.name.endswith(".toml")), key=str)
+GUIDE = Path(__file__).parents[2] / "docs" / "memory.md"
 SPARE_BYTES = GIB  # beside what the plan has for the driver; a LoRA on 8 GB has to do with less
 
 
@@ -29,3 +31,5 @@ def test_a_preset_fits_the_card_in_its_name_also_while_it_encodes_and_samples(pr
         assert plan.needed / GIB <= float(said[1]) <= plan.needed / GIB + 0.1
         assert plan.needed + SPARE_BYTES <= card
     assert said or "lora" in preset.name
+    row = re.search(rf"^\| `{preset.name.removesuffix('.toml')}` \|.*\| ([0-9.]+) GiB \|$", GUIDE.read_text(), re.MULTILINE)
+    assert plan.needed / GIB <= float(row[1]) <= plan.needed / GIB + 0.1

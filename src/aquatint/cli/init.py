@@ -83,6 +83,7 @@ def choose_preset(preset: str | None, vram: float | None) -> Any:
     if chosen is None:
         raise UsageError(
             f"a GPU with {vram:g} GB is too small to train SDXL",
-            hint=f"8 GB are needed for a LoRA, and 12 for the whole model; `aquatint init --preset {preset_names()[0]}` writes that config anyway",
+            hint="8 GB are needed for a LoRA, and 12 for the whole model; "
+            f"`aquatint init --preset {preset_names()[0]}` writes that config anyway",
         )
     return chosen

@@ -62,7 +62,7 @@ def accept_config(
 
 
 def accept_base(folder: Path, digest: str, *, resuming: bool, accept_changes: bool, say: Callable[[str], None]) -> None:
-    """Keeps the digest of the UNet that frozen weights come from, since checkpoints do not hold them. Raises ResumeError for another one."""
+    """Keeps the digest of the UNet that frozen weights come from: checkpoints do not hold them. Raises ResumeError for another one."""
     path = folder / "base.json"
     if resuming and path.exists() and json.loads(path.read_text())["unet"] != digest:
         if not accept_changes:
