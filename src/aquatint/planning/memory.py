@@ -106,9 +106,10 @@ class Tracer:
             "adapter": adapter_spec(config), "adapter_dtype": getattr(torch, weight_dtype(config)),
             "frozen": frozen_names(config, self.spec.shapes("unet")), "on_gpu": on_gpu(config),
         }  # fmt: skip
+        cost = self._once(trace_step, settings)
         if training.fused_backward:
-            return self._once(trace_step, {**settings, "update_bytes": update_bytes(config)})
-        cost, counts = self._once(trace_step, settings), list(map(prod, trained_shapes(config, self.spec).values()))
+            return replace(cost, peak=cost.peak_with(update_bytes(config)))
+        counts = list(map(prod, trained_shapes(config, self.spec).values()))
         step = sum(counts) * DTYPE_BYTES[weight_dtype(config)] + max(counts) * update_bytes(config)  # when the activations are gone
         return replace(cost, peak=max(cost.peak, step))
 

@@ -29,13 +29,19 @@ PX_PER_LATENT = 8
 @dataclass(frozen=True)
 class StepCost:
     """Of one training pass. `activations` are the bytes that the forward pass leaves for the backward pass, `peak` the most
-    that gradients, activations and the optimizer's temporary tensors take together, weights and state not counted. `flops` are
-    the floating-point operations of the pass, of them `forward_flops` until the loss."""
+    that gradients and activations take together, weights not counted. `flops` are the floating-point operations, of them
+    `forward_flops` until the loss. `updates` has, for each weight that is stepped inside the pass, the bytes at that moment and
+    its elements."""
 
     activations: int
     peak: int
     forward_flops: int
     flops: int
+    updates: tuple[tuple[int, int], ...] = ()
+
+    def peak_with(self, update_bytes: int) -> int:
+        """The peak if stepping a weight inside the pass takes so many bytes per element for a moment."""
+        return max(self.peak, *(there + update_bytes * elements for there, elements in self.updates), 0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,6 @@ def trace_step(
     num_tokens: int = TOKENS,
     adapter: AdapterSpec | None = None,
     adapter_dtype: torch.dtype | None = None,
-    update_bytes: int = 0,
     frozen: Collection[str] = (),
     on_gpu: bool = True,
 ) -> StepCost:
@@ -138,7 +143,6 @@ def trace_step(
     `frozen` names weights of the UNet that are not trained.
 
     `accumulating`: the gradients of an earlier pass are there already. `fused_backward`: each is freed as soon as it is complete.
-    `update_bytes` are those that stepping it takes just then, per element.
     `on_gpu`: autocast computes norms in float32.
     """
     import torch
@@ -159,14 +163,14 @@ def trace_step(
             if accumulating:
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
-            gradients = tally.now
+            gradients, updates = tally.now, list[tuple[int, int]]()
             if fused_backward:
-                free_gradients(weights, update_bytes)
+                updates = free_gradients(weights, tally)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = predict(unet, *inputs)
             activations, forward_flops = tally.now - gradients, tally.flops
             output.square().mean().backward()
-        return StepCost(activations, tally.peak, forward_flops, tally.flops)
+        return StepCost(activations, tally.peak, forward_flops, tally.flops, tuple(updates))
 
 
 def _adapt(unet: Any, adapter: AdapterSpec, dtype: torch.dtype, *, norms_in_float32: bool) -> None:
@@ -181,16 +185,17 @@ def _adapt(unet: Any, adapter: AdapterSpec, dtype: torch.dtype, *, norms_in_floa
             with_fake_weights(norm, torch.float32).requires_grad_(False)
 
 
-def free_gradients(weights: Iterable[torch.Tensor], update_bytes: int = 0) -> None:
-    """Frees the gradient of each weight once the backward pass is through with it, after room for its step was taken for a moment."""
-    import torch
+def free_gradients(weights: Iterable[torch.Tensor], tally: Tally) -> list[tuple[int, int]]:
+    """Frees the gradient of each weight once the backward pass is through with it. The list grows by the bytes then, and its elements."""
+    found: list[tuple[int, int]] = []
 
     def free(weight: torch.Tensor) -> None:
-        torch.empty(update_bytes * weight.numel(), dtype=torch.uint8)
+        found.append((tally.now, weight.numel()))
         weight.grad = None
 
     for weight in weights:
         weight.register_post_accumulate_grad_hook(free)
+    return found
 
 
 def trace_unet(spec: ModelSpec, *, dtype: torch.dtype, batch_size: int, size_hw: tuple[int, int]) -> PassCost:

@@ -18,6 +18,7 @@ from aquatint.errors import UsageError
 from aquatint.models.sdxl.generate import PX_PER_LATENT
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.models.sdxl.tokenizer import num_chunks
+from aquatint.optim.adamw_bf16 import has_kernels
 from aquatint.planning.fit import advice
 from aquatint.planning.memory import gib, state_parts, update_bytes
 from aquatint.training.layout import Layout
@@ -167,7 +168,7 @@ def try_step(config: Config, spec: ModelSpec, layout: Layout, parts: Parts) -> N
     def tip() -> str:
         return advice(config, spec, torch.cuda.get_device_properties(parts.device).total_memory if parts.device.type == "cuda" else None)
 
-    dry_step(parts, size, section.accumulation_steps, reserve_of(config, spec), tip)
+    dry_step(parts, size, section.accumulation_steps, reserve_of(config, spec, parts.device), tip)
     words = f"{section.batch_size} × {size.width} × {size.height} pixels, {size.tokens} tokens"
     most = f", with {gib(torch.cuda.max_memory_reserved(parts.device))} at most" if parts.device.type == "cuda" else ""
     say(f"dry step    {words}: it fits{most}")
@@ -176,7 +177,7 @@ def try_step(config: Config, spec: ModelSpec, layout: Layout, parts: Parts) -> N
 @contextlib.contextmanager
 def as_in_training(config: Config, spec: ModelSpec, parts: Parts) -> Iterator[None]:
     """For the block, as much memory is taken as between two later steps, so that pictures fit later too if they fit now."""
-    with state_held(parts, reserve_of(config, spec)) if wants_dry_step(config, parts.device) else contextlib.nullcontext():
+    with state_held(parts, reserve_of(config, spec, parts.device)) if wants_dry_step(config, parts.device) else contextlib.nullcontext():
         yield
 
 
@@ -185,8 +186,11 @@ def wants_dry_step(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if config.training.dry_step == "auto" else config.training.dry_step
 
 
-def reserve_of(config: Config, spec: ModelSpec) -> Reserve:
-    return Reserve(state_parts(config, spec)[1].bytes, update_bytes(config))
+def reserve_of(config: Config, spec: ModelSpec, device: torch.device) -> Reserve:
+    """A kernel updates in place, without temporary tensors."""
+    optimizer = config.optimizer
+    in_place = optimizer.name in ("adamw_bf16", "adamw8bit") and optimizer.kernel == "auto" and has_kernels(device)
+    return Reserve(state_parts(config, spec)[1].bytes, 0 if in_place else update_bytes(config))
 
 
 def largest_size(config: Config, spec: ModelSpec, layout: Layout) -> Size:
