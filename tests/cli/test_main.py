@@ -10,7 +10,24 @@ from aquatint.cli import main as module
 from aquatint.cli.main import in_words, run
 from aquatint.errors import DataError, Interrupted, LockedError, NumericalError, ResumeError, StorageError, UsageError
 
-VERBS = ("init", "check", "plan", "plot", "train", "sample", "export", "evaluate", "train-vae", "ema", "demo", "doctor", "import", "data", "cache", "config")
+VERBS = (
+    "init",
+    "check",
+    "plan",
+    "plot",
+    "train",
+    "sample",
+    "export",
+    "evaluate",
+    "train-vae",
+    "ema",
+    "demo",
+    "doctor",
+    "import",
+    "data",
+    "cache",
+    "config",
+)
 GROUPS = ("data buckets", "data preview", "cache build", "cache verify", "cache stat", "cache gc", "config explain", "config schema",
           "config defaults", "config show")  # fmt: skip
 

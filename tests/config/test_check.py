@@ -2,7 +2,8 @@ import pytest
 
 from aquatint.config.check import REMARKS, RULES, find, has_bucket
 from aquatint.config.describe import all_keys
-from aquatint.config.schema import BucketsSection, Config
+from aquatint.config.schema import Config
+from aquatint.config.sections.data import BucketsSection
 
 TAGS = {"style": "tags", "shuffle": True, "variants": 8}
 

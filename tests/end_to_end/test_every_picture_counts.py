@@ -9,7 +9,6 @@ import pytest
 from aquatint.config.schema import Config
 from aquatint.data.ledger import ledger_text
 from aquatint.errors import DataError
-from aquatint.models.sdxl.load import open_base
 from aquatint.training.build import build_reader, train_run
 from aquatint.training.caching import cache_run
 from aquatint.training.prepare import Prepared

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquatint.config.schema import SourceSection
+from aquatint.config.sections.data import SourceSection
 from aquatint.data.sources.listing import Source
 from aquatint.errors import DataError
 from aquatint.planning.report import plan_of_steps, steps_lines

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aquatint.config.rule import Rule
-from aquatint.config.schema import AdapterSection, Config, ExportSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.looks import ExportSection
+from aquatint.config.sections.methods import AdapterSection
 
 HIGH_LEARNING_RATE, LOW_LEARNING_RATE = 2e-3, 2e-5  # 1e-4 to 5e-4 is usual for LoRA with AdamW
 

@@ -15,7 +15,9 @@ from aquatint.config.evaluation_rules import EVALUATION_REMARKS, EVALUATION_RULE
 from aquatint.config.group_rules import GROUP_RULES
 from aquatint.config.optimizer_rules import OPTIMIZER_REMARKS, OPTIMIZER_RULES
 from aquatint.config.rule import Rule
-from aquatint.config.schema import BucketsSection, CaptionsSection, Config, LearningRateSection, SourceSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.data import BucketsSection, CaptionsSection, SourceSection
+from aquatint.config.sections.steps import LearningRateSection
 from aquatint.config.vae_rules import VAE_RULES
 from aquatint.config.validation_rules import VALIDATION_RULES
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aquatint.config.rule import Rule
-from aquatint.config.schema import Config, DiffusionSection, NoiseSection, TimestepsSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.methods import DiffusionSection, NoiseSection, TimestepsSection
 
 Applies = Callable[[Config], bool]
 Section = DiffusionSection | NoiseSection | TimestepsSection

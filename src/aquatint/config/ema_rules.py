@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from aquatint.config.duration import Duration
 from aquatint.config.rule import Rule
-from aquatint.config.schema import Config, EmaSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.steps import EmaSection
 
 FEW_SNAPSHOTS = 8  # of widths 0.05 and 0.1, so many make one of 0.08 to 1 %, and one of 0.2 to 8 %
 

@@ -17,7 +17,8 @@ from aquatint.config.describe import OPTIMIZER, all_keys, generic, optimizer_nam
 from aquatint.config.overrides import apply_override, from_folder
 from aquatint.config.parse import COMMAND_LINE, Source, read_source
 from aquatint.config.positions import KeyPath, key_of, path_of
-from aquatint.config.schema import LOCATION, Config, Section
+from aquatint.config.schema import Config
+from aquatint.config.sections.fields import LOCATION, Section
 from aquatint.errors import ConfigError, Problem
 
 _STAND_INS: dict[str, Any] = {  # for required settings that are missing, so that the rest can still be checked

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aquatint.config.describe import OPTIMIZER, table
-from aquatint.config.schema import NEVER, Config
+from aquatint.config.schema import Config
+from aquatint.config.sections.fields import NEVER
 from aquatint.config.template import Preset, flatten, render
 from aquatint.config.words import find_setting
 from aquatint.errors import UsageError

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aquatint.config.schema import NEVER, Config
+from aquatint.config.schema import Config
+from aquatint.config.sections.fields import NEVER
 from aquatint.config.template import to_toml
 from aquatint.planning.memory import makes_samples
 from aquatint.planning.shapes import sample_size

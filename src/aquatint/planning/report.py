@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from aquatint.config.schema import Config, SourceSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.data import SourceSection
 from aquatint.data.downloads import is_url, public_name
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from aquatint.config.check import TABLE_ENDINGS
-from aquatint.config.schema import Config, SourceSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.data import SourceSection
 from aquatint.data.places import Opener
 from aquatint.data.sources.folder import list_folder
 from aquatint.data.sources.listing import Entry, Remarks, Source

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from aquatint.config.schema import Config, NoiseSection, TimestepsSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.methods import NoiseSection, TimestepsSection
 from aquatint.data.buckets import report_text
 from aquatint.data.captions import caption_report, render
 from aquatint.data.downloads import public_name

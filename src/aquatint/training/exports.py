@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from aquatint.config.schema import ExportSection
+from aquatint.config.sections.looks import ExportSection
 from aquatint.models.adapter_export import write_adapter
 from aquatint.models.adapter_metadata import TagFrequency, adapter_metadata
 from aquatint.models.adapter_shapes import AdapterSpec

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aquatint.config.schema import Config, NoiseSection, TimestepsSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.methods import NoiseSection, TimestepsSection
 from aquatint.models.sdxl.load import BaseModel
 from aquatint.planning.schedule import count
 from aquatint.tracking.plots import Array, Draws, Grid, Levels, Memory, Weights

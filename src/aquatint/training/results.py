@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from aquatint.config.schema import Config, ExportSection
+from aquatint.config.schema import Config
+from aquatint.config.sections.looks import ExportSection
 from aquatint.data.image import contact_sheet, save_png
 from aquatint.errors import UsageError
 from aquatint.models.adapters import attach, merged

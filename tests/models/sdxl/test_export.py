@@ -63,9 +63,7 @@ def test_a_trained_module_is_written_in_the_asked_dtype_and_the_rest_is_copied(s
 )
 def test_markers_say_how_to_sample(small_base, tmp_path, prediction, zero_terminal_snr, markers):
     path = tmp_path / "model.safetensors"
-    export_single_file(
-        path, small_base, small_base.component("unet"), dtype=torch.float16, process=Process(prediction, zero_terminal_snr)
-    )
+    export_single_file(path, small_base, small_base.component("unet"), dtype=torch.float16, process=Process(prediction, zero_terminal_snr))
     with TensorFile(path) as file:
         assert {name for name in file.tensors if "." not in name} == markers
         assert all((file.tensors[name].dtype, file.tensors[name].shape) == ("F32", (0,)) for name in markers)

@@ -1,0 +1,1 @@
+"""The sections of a config. `schema` puts them together."""
