@@ -30,6 +30,7 @@ OWNERS = {  # dependency -> the modules that may import it
     "fsspec": ("aquatint.data.downloads",),
     "ray": ("aquatint.data.engines",),
     "smartcrop": ("aquatint.data.focus",),
+    "triton": ("aquatint.optim.kernels",),
     "wandb": ("aquatint.tracking.wandb",),
     "tensorboard": ("aquatint.tracking.tensorboard",),
     "torch.utils.tensorboard": ("aquatint.tracking.tensorboard",),

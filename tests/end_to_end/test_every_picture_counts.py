@@ -9,6 +9,7 @@ import pytest
 from aquatint.config.schema import Config
 from aquatint.data.ledger import ledger_text
 from aquatint.errors import DataError
+from aquatint.models.sdxl.load import open_base
 from aquatint.training.build import build_reader, train_run
 from aquatint.training.caching import cache_run
 from aquatint.training.prepare import Prepared
@@ -56,7 +57,7 @@ def test_listed_equals_used_plus_quarantined(data: Prepared):
 
 def test_each_used_picture_is_visited_exactly_once_per_lap_and_no_batch_is_short(data: Prepared, folder: Path, tiny_base: Path):
     """In 4 epochs of n pictures, with 4 in a batch, every bucket ends its fourth lap with a full batch."""
-    reader = build_reader(config(folder, tiny_base), data)
+    reader = build_reader(config(folder, tiny_base), open_base(tiny_base), data)
     batches = [reader.order.batch(index) for index in range(reader.order.batches_before_epoch(4))]
     names = Counter(data.train.names[data.train.bucket(bucket)[row]] for bucket, rows in batches for row in rows)
     assert all(len(items) == 4 for _, items in batches)

@@ -50,6 +50,7 @@ def test_the_same_rows_give_the_same_picture(tmp_path):
 def test_a_run_without_a_loss_gives_no_picture(tmp_path):
     (tmp_path / "m").write_text('{"step": 1, "loss": null}\n')
     assert not plot_losses(tmp_path / "m", tmp_path / "a.png")
+    assert not plot_losses(tmp_path / "of a run too short for a row", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 

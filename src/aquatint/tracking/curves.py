@@ -28,7 +28,7 @@ def plot_losses(
     not on one scale when the training loss is weighted. `known`, the loss of trained pictures that are measured like those
     held out, is on its scale and beside it. Raises StorageError.
     """
-    rows = read_rows(metrics_path)
+    rows = read_rows(metrics_path) if metrics_path.exists() else []  # a short run may end before its first row
     training, held_out, trained = (series(rows, name) for name in (loss, validation, known))
     if not len(training[0]):
         return False
