@@ -3,13 +3,16 @@ BIN := .venv/bin
 # torch and everything else at versions that are known to work together; other versions in pyproject's ranges should work too.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/tested.txt
 
-.PHONY: demo test test-slow test-gpu bench-gpu check format autoencoder clean
+.PHONY: demo test test-long test-slow test-gpu bench-gpu check format autoencoder clean
 
 demo: .venv/installed  ## train the embedded default: a tiny SDXL on pictures that the program makes
 	$(BIN)/aquatint demo
 
 test: .venv/installed-dev  ## every test that needs no GPU and no full-size model
 	$(BIN)/python -m pytest -n 2 -q
+
+test-long: .venv/installed-dev  ## the rest of what a change must pass: two minutes
+	$(BIN)/python -m pytest -m long -n 2 -q
 
 test-slow: .venv/installed-dev  ## full-size models: minutes, and 16 GiB of memory
 	$(BIN)/python -m pytest -m slow -q

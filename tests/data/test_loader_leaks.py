@@ -26,6 +26,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
+@pytest.mark.long
 def test_memory_files_and_shared_memory_do_not_grow(tmp_path):
     entries = fill(tmp_path)
     reader = reader_of(replace(entries))

@@ -101,6 +101,7 @@ def test_builders_of_one_cache_share_the_work_and_take_over_that_of_the_dead(
     assert files_of(tmp_path / "round-1") == shards
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 def test_ray_workers_make_the_same_shards_when_one_dies(tmp_path: Path, clean: tuple[list[Any], dict[str, bytes]]) -> None:
     requests, shards = clean

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from aquatint.config.schema import Config, dump
 from aquatint.training.build import train_run
 from tests.runs import small_config
@@ -19,6 +21,7 @@ def config_of(folder: Path, base: Path, name: str, *, background: bool) -> Confi
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_save_that_was_cut_off_is_as_if_it_had_not_begun(tmp_path: Path, tiny_base: Path):
     waiting, meanwhile = (config_of(tmp_path, tiny_base, name, background=name == "meanwhile") for name in ("waiting", "meanwhile"))
     straight = train_run(waiting).folder
