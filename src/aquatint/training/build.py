@@ -137,22 +137,11 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     if latest is None:
         check_start(config, base)
     data = prepare(config, base, say=say)
-    write_ledger(data.manifest, folder)
-    write_text(folder / "buckets.txt", report_text(data.layout.report))
-    write_text(folder / "captions.txt", captions_text(data.layout))
-    if config.adapter.kind != "none":
-        write_json(folder / TAGS_FILE, tag_frequency(data.layout))
-    write_json(folder / "config.json", dump(config))
-    write_json(folder / "environment.json", environment())
+    describe(config, folder, data)
     parts, trained, total_steps = build_parts(config, base, objective, data, resuming=latest is not None)
     for line in announcement(config, data, parts, choose_process(config, base), trainable_shapes(config, base.spec)):
         say(line)
-    state = TrainState()
-    if latest is not None:
-        state = checkpoint.restore(latest, trained, plan_digest=data.digest, accept_changes=accept_changes)
-        say(f"going on from {latest.name}, {state.samples_seen} pictures seen")
-        if trained.ema is not None:
-            trained.ema.start_at(state.step, state.samples_seen)
+    state = TrainState() if latest is None else go_on(latest, trained, data, accept_changes=accept_changes)
     try_step(config, base.spec, data.layout, parts)
     remove_after(folder / "ema", state.step)
     tracker = stack.enter_context(contextlib.closing(open_trackers(config, folder, state.step)))
@@ -186,6 +175,26 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         audit = Audit(parts, display.note, idle_steps(config.optimizer.name))
         run.tasks = (Task(audit, audit.run), *run.tasks)
     return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
+
+
+def describe(config: Config, folder: Path, data: Prepared) -> None:
+    """Writes what a run folder says of its run: pictures, buckets, captions, the whole config, versions."""
+    write_ledger(data.manifest, folder)
+    write_text(folder / "buckets.txt", report_text(data.layout.report))
+    write_text(folder / "captions.txt", captions_text(data.layout))
+    if config.adapter.kind != "none":
+        write_json(folder / TAGS_FILE, tag_frequency(data.layout))
+    write_json(folder / "config.json", dump(config))
+    write_json(folder / "environment.json", environment())
+
+
+def go_on(latest: Path, trained: Trained, data: Prepared, *, accept_changes: bool) -> TrainState:
+    """Fills everything that is trained from a checkpoint. Raises ResumeError."""
+    state = checkpoint.restore(latest, trained, plan_digest=data.digest, accept_changes=accept_changes)
+    say(f"going on from {latest.name}, {state.samples_seen} pictures seen")
+    if trained.ema is not None:
+        trained.ema.start_at(state.step, state.samples_seen)
+    return state
 
 
 def build_breakdown(data: Prepared) -> Breakdown:
