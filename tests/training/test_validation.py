@@ -200,6 +200,7 @@ def test_the_worst_are_named_with_their_factor_and_whether_they_are_trained(trai
     title, *lines = text.splitlines()
     assert title.startswith("step 7: ")
     assert [line.split() for line in lines] == [["1.500", "held", "out", "a"], ["1.000", "trained", "c"]]
+    trained.built.looks[0].run(trained.built.run.state, None)
     written = (trained.built.run.folder / "worst.txt").read_text().splitlines()
     assert len(written) == 1 + 4
     assert written[0].startswith("step 2: ")
