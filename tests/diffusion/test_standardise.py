@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from aquatint.diffusion.standardise import PLAYGROUND_MEAN, PLAYGROUND_STD, LatentConvs, fold_standardisation
+from aquatint.diffusion.standardise import LatentConvs, fold_standardisation
+from aquatint.models.sdxl.process import RAW_MEAN, RAW_STD
 
 SCALE = 0.13025
-MEAN, STD = torch.tensor(PLAYGROUND_MEAN, dtype=torch.float64), torch.tensor(PLAYGROUND_STD, dtype=torch.float64)
+MEAN, STD = torch.tensor(RAW_MEAN, dtype=torch.float64), torch.tensor(RAW_STD, dtype=torch.float64)
 
 
 def convs(dtype: torch.dtype = torch.float64) -> LatentConvs:

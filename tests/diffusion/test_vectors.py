@@ -29,10 +29,11 @@ from aquatint.diffusion.schedule import (
     sdxl_schedule,
     shifted,
 )
-from aquatint.diffusion.standardise import PLAYGROUND_MEAN, PLAYGROUND_STD, LatentConvs, fold_standardisation
+from aquatint.diffusion.standardise import LatentConvs, fold_standardisation
 from aquatint.diffusion.timesteps import lattice_uniform, midpoint_timesteps, stratified_uniform, trailing_timesteps
 from aquatint.diffusion.uncertainty import uncertain_loss
 from aquatint.diffusion.weighting import cosmap, error_ratio, loss_weights
+from aquatint.models.sdxl.process import RAW_MEAN, RAW_STD
 from tests.diffusion.test_timesteps import Fixed
 
 PLAIN = sdxl_schedule(zero_terminal_snr=False)
@@ -146,7 +147,7 @@ def test_2_2_resolution():
 
 
 def test_2_3_latent_statistics():
-    mean, std = torch.tensor(PLAYGROUND_MEAN), torch.tensor(PLAYGROUND_STD)
+    mean, std = torch.tensor(RAW_MEAN), torch.tensor(RAW_STD)
     assert (0.13025 * mean).tolist() == near(-0.2159, 0.2457, -0.1801, 0.3276, rel=2e-4, abs=5e-5)
     assert (0.13025 * std).tolist() == near(1.10617, 0.76876, 0.85311, 0.68119, rel=1e-5)
     mean_square = (0.13025**2 * (std.square() + mean.square())).mean().item()

@@ -12,10 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PLAYGROUND_MEAN = (-1.6574, 1.886, -1.383, 2.5155)
-PLAYGROUND_STD = (8.4927, 5.9022, 6.5498, 5.2299)
-"""Of the raw latents of SDXL's autoencoder, by channel (Playground v2.5's statistics)."""
-
 
 class LatentConvs(NamedTuple):
     """The 1x1 convolutions next to the latents: encoder to mean and log-variance (8, 8, 1, 1), and latents to decoder (4, 4, 1, 1)."""

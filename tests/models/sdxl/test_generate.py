@@ -113,7 +113,7 @@ def test_the_unet_is_told_the_noise_in_the_terms_of_its_process(parts, monkeypat
 def test_a_stand_in_for_infinity_changes_little(parts):
     positive = prompt(parts[2], "a red circle")
     exact, stand_in = (make(parts, positive, schedule=one) for one in (V_ZTSNR.schedule(), V_ZTSNR.schedule().ending_at(20000.0)))
-    assert 0 < np.abs(exact.astype(int) - stand_in).mean() < 1 or np.array_equal(exact, stand_in)
+    assert np.abs(exact.astype(int) - stand_in).mean() < 1
 
 
 def test_nothing_is_left_behind(parts):
