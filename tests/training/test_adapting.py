@@ -75,7 +75,7 @@ def test_looking_at_it_needs_no_torch(tmp_path, tiny_base):
         f"check_adapter(Path({str(path)!r}), shapes, AdapterSpec('lora', 2, 2.0, 'attention'))\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0
 
 
 def test_a_run_that_goes_on_needs_no_file_to_start_from(tmp_path, tiny_base):

@@ -61,6 +61,7 @@ def test_frozen_weights_come_from_the_model_that_the_run_began_with(tmp_path: Pa
 def test_a_run_that_began_anew_may_have_another_base(tmp_path: Path):
     accept_base(tmp_path, "one", resuming=False, accept_changes=False, say=print)
     accept_base(tmp_path, "other", resuming=False, accept_changes=False, say=print)
+    assert json.loads((tmp_path / "base.json").read_text()) == {"unet": "other"}
 
 
 def test_a_change_needs_to_be_accepted(tmp_path: Path):

@@ -20,6 +20,9 @@ Overrides = Annotated[
         metavar="SECTION.SETTING=VALUE", help="Settings for this time, such as training.batch_size=2; paths start at the current folder."
     ),
 ]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on with a run although settings that decide the training have changed.")
+]
 
 
 def inspect_all(path: Path, overrides: list[str] | None) -> tuple[Draft, Inspection]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from aquatint.cli.arguments import ConfigFile, Overrides, checked_config
+from aquatint.cli.arguments import AcceptChanges, ConfigFile, Overrides, checked_config
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+=")  # no prompt begins like that
 
@@ -19,9 +19,7 @@ Checkpoint = Annotated[str | None, typer.Option(metavar="NAME", help="A checkpoi
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on with a run although settings that decide the training have changed.")
-    ] = False,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Train, or go on where the run was stopped. Ctrl-C saves and stops; the same command goes on."""
     checked = checked_config(config, overrides)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from aquatint.cli.arguments import ConfigFile, Overrides
+from aquatint.cli.arguments import AcceptChanges, ConfigFile, Overrides
 
 
 def train_vae(
     config: ConfigFile,
     overrides: Overrides = None,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on with a run although settings that decide the training have changed.")
-    ] = False,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Train the autoencoder's decoder. Ctrl-C saves and stops; the same command goes on. See docs/vae.md."""
     from aquatint.config.load import load_config
