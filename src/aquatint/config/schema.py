@@ -20,7 +20,8 @@ from aquatint.config.sections.looks import (
     ValidationSection,
 )
 from aquatint.config.sections.methods import AdapterSection, DiffusionSection, ModelSection, NoiseSection, TimestepsSection
-from aquatint.config.sections.steps import AdamWSection, EmaSection, LearningRateSection, Optimizer, TrainingSection
+from aquatint.config.sections.optimizers import AdamWSection, Optimizer
+from aquatint.config.sections.steps import EmaSection, LearningRateSection, TrainingSection
 
 
 class RunSection(Section):
