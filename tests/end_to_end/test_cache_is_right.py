@@ -199,7 +199,7 @@ def test_pictures_that_are_gone_and_come_back_are_not_encoded_again(ours: Set, c
 def test_the_encoder_that_a_key_names_is_the_one_that_was_used(ours: Set):
     """The digest in the recipe is that of the weights, wherever they lie."""
     base = open_base(ours.base, ours.other_base)
-    assert base.digest("vae") == open_base(ours.other_base).digest("vae") != open_base(ours.base).digest("vae")
+    assert base.digest("vae_encoder") == open_base(ours.other_base).digest("vae_encoder") != open_base(ours.base).digest("vae_encoder")
     assert base.digest("text_encoders") == open_base(ours.base).digest("text_encoders")
 
 

@@ -83,7 +83,11 @@ def test_the_autoencoder_alone_is_that_of_the_whole_file_under_original_names(tr
         name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)
     }
     used = open_base(base, trained / "export" / "test-vae.safetensors")
-    assert used.digest("vae") == open_base(trained / "export" / "test.safetensors").digest("vae")
+    assert used.digest("vae") == open_base(trained / "export" / "test.safetensors").digest("vae") != open_base(base).digest("vae")
+
+
+def test_latents_stay_good_with_the_new_decoder(trained: Path, base: Path):
+    assert open_base(trained / "export" / "test.safetensors").digest("vae_encoder") == open_base(base).digest("vae_encoder")
 
 
 def test_what_is_exported_is_the_average_in_the_format_asked_for(trained: Path):

@@ -118,7 +118,7 @@ def _wanted(config: Config) -> Mapping[str, Keys]:
     """The keys that a config uses, by store."""
     base, opener = open_base(config.model.base, config.model.vae), opener_of(config)
     manifest = find_pictures(config, opener, read_quarantine(config.cache.folder))
-    recipes = recipes_of(config, {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")})
+    recipes = recipes_of(config, {"vae": base.digest("vae_encoder"), "text_encoders": base.digest("text_encoders")})
     return keys_of(lay_out(config, manifest, recipes, focus_points(config, manifest, opener)))
 
 

@@ -122,7 +122,7 @@ def load_judges(config: Config, device: torch.device) -> dict[str, Judge]:
 
 def load_model(config: Config, base: BaseModel, name: str | None, device: torch.device) -> tuple[torch.nn.Module, str, dict[str, str]]:
     """The UNet of a checkpoint or of the base, its name, and the SHA-256 of all weights that draw."""
-    digests = {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")}
+    digests = {"vae": base.digest("vae_encoder"), "text_encoders": base.digest("text_encoders")}
     checkpoints = config.run.folder / config.run.name / "checkpoints"
     if name == BASE or (name is None and not checkpoint.sorted_checkpoints(checkpoints)):
         return load_unet(config, base, None, device), BASE, digests | {"unet": base.digest("unet")}

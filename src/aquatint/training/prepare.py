@@ -97,7 +97,7 @@ def prepare(config: Config, base: BaseModel, *, say: Say) -> Prepared:
             say(f"warning: the cache file {shard} was damaged and is made again ({reason})")
     opener = opener_of(config)
     quarantine = read_quarantine(folder)
-    digests = {"vae": base.digest("vae"), "text_encoders": base.digest("text_encoders")}
+    digests = {"vae": base.digest("vae_encoder"), "text_encoders": base.digest("text_encoders")}
     recipes = recipes_of(config, digests)
 
     def set_aside(digest: bytes, reason: str) -> None:

@@ -64,7 +64,7 @@ def test_the_encoder_works_in_the_dtype_of_its_weights_and_answers_in_float32(ti
     encoder = open_base(tiny_base).vae_encoder("cpu", "bfloat16")
     result = encoder.encode(images)
     assert (encoder.vae.dtype, result.dtype, result.requires_grad) == (torch.bfloat16, torch.float32, False)
-    assert encoder.digest == open_base(tiny_base).digest("vae")
+    assert encoder.digest == open_base(tiny_base).digest("vae_encoder")
 
 
 def test_values_that_are_not_finite_are_passed_on(vae, images):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from aquatint.errors import ModelFileError
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 SPEC_KEY = "aquatint.model_spec"  # metadata of a file whose networks do not have SDXL's sizes
 FOLDED_KEY = "_aquatint_folded_latents"  # in model_index.json: see `Process.folded`
 LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training stops it: for a base that lost the tensor
+Digested = Literal["unet", "vae", "vae_encoder", "text_encoders"]
+DIGESTED: Mapping[Digested, tuple[Component, ...]] = MappingProxyType(
+    {"unet": ("unet",), "vae": ("vae",), "vae_encoder": ("vae",), "text_encoders": ("text_encoder", "text_encoder_2")}
+)
+ENCODES = ("encoder.", "quant_conv.")  # the tensors of an autoencoder that latents come from
 MAX_LAYERS = 100  # of one stack: a damaged file may claim any number
 
 
@@ -83,7 +89,7 @@ class BaseModel:
             return self.load_vae(_dtype(name)).to(device)
 
         precise = None if precision == "float32" else partial(load, "float32")
-        return VaeEncoder(load(precision), digest=self.digest("vae"), load_precise=precise)
+        return VaeEncoder(load(precision), digest=self.digest("vae_encoder"), load_precise=precise)
 
     def caption_encoder(self, device: torch.device | str) -> TextEncoders:
         """What captions and prompts are encoded with: both text encoders, in float32."""
@@ -99,17 +105,20 @@ class BaseModel:
             name: LazyTensor(reader.dtype(name), shape, partial(reader.read, name)) for name, shape in self.spec.shapes(component).items()
         }
 
-    def digest(self, component: Literal["unet", "vae", "text_encoders"]) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes, the same for a single file and a diffusers folder. Computed once."""
+    def digest(self, component: Digested) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes, the same for a single file and a diffusers folder. Computed once.
+
+        `vae_encoder` is what latents depend on: another decoder leaves them as they are.
+        """
         if component not in self._digests:
             self._digests[component] = self._compute_digest(component)
         return self._digests[component]
 
-    def _compute_digest(self, component: Literal["unet", "vae", "text_encoders"]) -> str:
+    def _compute_digest(self, component: Digested) -> str:
         digest = hashlib.sha256()
-        for part in COMPONENTS[2:] if component == "text_encoders" else (component,):
+        for part in DIGESTED[component]:
             for name, value in sorted(self.component(part).items()):
-                if name != CARRIED.get(part):
+                if name != CARRIED.get(part) and (component != "vae_encoder" or name.startswith(ENCODES)):
                     digest.update(f"{part} {name} {value.dtype} {value.shape}\n".encode())
                     digest.update(as_bytes(value.load()))
         return digest.hexdigest()
