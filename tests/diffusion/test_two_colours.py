@@ -21,7 +21,7 @@ from aquatint.diffusion.weighting import loss_weights
 
 SHAPE_CHW = (1, 64, 64)
 BLACK, WHITE = -1.0, 1.0
-STEPS, BATCH, WIDTH = 900, 32, 64
+STEPS, BATCH, WIDTH = 900, 16, 64
 
 
 class Net(torch.nn.Module):

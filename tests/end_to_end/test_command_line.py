@@ -18,7 +18,7 @@ from tests.runs import rows, small_config
 
 
 def write_config(folder: Path, base: Path, **sections) -> Path:
-    config = small_config(folder, base, **sections)
+    config = small_config(folder, base, **{"validation": {"every": None}, **sections})
     path = folder / "run.json"
     path.write_text(json.dumps(dump(config)))
     return path
@@ -53,7 +53,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_goes_on(
 
 
 def test_a_finished_run_can_be_asked_again_and_made_longer(tmp_path: Path, tiny_base: Path):
-    config = write_config(tmp_path, tiny_base, training={"length": "2 steps"}, export={"diffusers_folder": True})
+    shown = {"tracking": {"log_every": "1 step"}, "export": {"diffusers_folder": True}}
+    config = write_config(tmp_path, tiny_base, training={"length": "2 steps"}, **shown)
     assert run(["train", str(config)]) == 0
     assert run(["train", str(config)]) == 0
     assert run(["train", str(config), "training.length=3 steps"]) == 0

@@ -43,6 +43,7 @@ OBJECTIVES = {
 def losses(folder: Path, base: Path, name: str) -> list[float]:
     settings = {
         "validation": {"every": None},
+        "checkpoints": {"every": "20 steps"},
         "ema": {"enabled": False},
         "export": {"single_file": False},
         "tracking": {"log_every": "1 step"},
