@@ -4,7 +4,8 @@
 
 Rows 1 to 6 of the plan; `run` goes through them. `script` is diffusers' script with float32 weights under bf16 autocast and AdamW as
 it comes; `strong` has bf16 weights, channels_last, compiled blocks and the fused AdamW, and is the one to beat. `ours` is what the
-package does; what stands behind a comma is an experiment of this benchmark, and no setting of the package.
+package does; behind a comma are settings of `[speed]`, which are off unless they are asked for, or CUDA graphs, which are an experiment of
+this benchmark and no setting of the package.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 
 from aquatint.data.batch import Batch
 from aquatint.models.sdxl.model import build_unet
+from aquatint.models.sdxl.speed import compile_blocks
 from aquatint.optim.create import create_optimizer
 from aquatint.training.objective import denoise, sample_losses
+from aquatint.training.parallelize import Speed, rearrange
 from aquatint.training.step import Parts
 from benchmarks.gpu.rig import Build, Contender, Row, Scene, filled, main_of, training_flops
 from benchmarks.machine import has
@@ -25,13 +28,22 @@ from benchmarks.ours import draw_batches, our_parts, our_steps
 from benchmarks.peers import script, script_loop, script_loop_accelerate, strong_loop
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 1e-2
-BEST = "ours, channels_last and compiled"
+SETTINGS: dict[str, Speed] = {  # of `[speed]`
+    "ours": Speed(),
+    "ours, channels_last": Speed(channels_last=True),
+    "ours, kernels": Speed(channels_last=True, kernels=True),
+    "ours, fused_qkv": Speed(fused_qkv=True),
+    "ours, compiled": Speed(compile="blocks"),
+    "ours, all but compiled": Speed(channels_last=True, kernels=True, fused_qkv=True),
+    "ours, all": Speed(channels_last=True, kernels=True, fused_qkv=True, compile="blocks"),
+}
+BEST = "ours, all"
 GRAPHS = ("ours, CUDA graph of the passes", "ours, CUDA graph of the step")
 ROWS = {
     row.number: row
     for row in (
         Row(1, "full fine-tune, 1024 px", 1024, (16, 12, 8, 4), ("script", "ours", "ours in bf16_mixed")),
-        Row(2, "row 1 against the strong baseline", 1024, (16, 12, 8, 4), ("strong", "ours, channels_last", "ours, compiled", BEST)),
+        Row(2, "row 1 against the strong baseline", 1024, (16, 12, 8, 4), ("strong", *(name for name in SETTINGS if name != "ours"))),
         Row(3, "full fine-tune, all computed again", 1024, (32, 16), ("script", "strong", "ours", BEST), checkpointing=True),
         Row(4, "full fine-tune, one picture", 1024, (1,), ("script", "strong, reduce-overhead", "ours", *GRAPHS)),
         Row(5, "full fine-tune, four pictures", 1024, (4,), ("script", "strong", "ours", BEST, *GRAPHS)),
@@ -72,16 +84,22 @@ def strong(**options: Any) -> Build:
     return build
 
 
-def ours(*, mixed: bool = False, channels_last: bool = False, compiles: bool = False) -> Build:
+def ours(speed: Speed, *, mixed: bool = False) -> Build:
     def build(row: Row, scene: Scene, batch_size: int) -> Contender:
-        unet = made_unet(row, scene, torch.float32 if mixed else torch.bfloat16, channels_last=channels_last)
-        if compiles:
-            compiled(unet, scene)
+        unet = sped_up(made_unet(row, scene, torch.float32 if mixed else torch.bfloat16), speed, scene, lean=not row.checkpointing)
         optimizer = our_optimizer(unet, "adamw" if mixed else "adamw_bf16")
         parts = our_parts(unet, optimizer, learning_rate=LEARNING_RATE, autocast=mixed, device=scene.device)
         return Contender(our_steps(parts), unet, optimizer)
 
     return build
+
+
+def sped_up(unet: Any, speed: Speed, scene: Scene, *, lean: bool = True) -> Any:
+    """With these settings of `[speed]`. A dry run traces blocks and compiles nothing."""
+    rearrange(unet, speed, scene.device, lean=lean)
+    if speed.compile == "blocks":
+        compile_blocks(unet, speed.num_shapes, backend="eager" if scene.is_dry else "inductor")
+    return unet
 
 
 def our_optimizer(unet: Any, name: str) -> Any:
@@ -178,11 +196,8 @@ BUILDS: dict[str, Build] = {
     "script": scripted,
     "strong": strong(),
     "strong, reduce-overhead": strong(mode="reduce-overhead"),
-    "ours": ours(),
-    "ours in bf16_mixed": ours(mixed=True),
-    "ours, channels_last": ours(channels_last=True),
-    "ours, compiled": ours(compiles=True),
-    BEST: ours(channels_last=True, compiles=True),
+    **{name: ours(speed) for name, speed in SETTINGS.items()},
+    "ours in bf16_mixed": ours(SETTINGS["ours"], mixed=True),
     "ours, CUDA graph of the passes": graphed_ours(whole=False),
     "ours, CUDA graph of the step": graphed_ours(whole=True),
 }

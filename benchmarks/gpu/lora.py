@@ -3,7 +3,7 @@
     PYTHONPATH=src python3 -m benchmarks.gpu.lora --row 7 --contender ours [--dry]
 
 Rows 7 and 8 of the plan: rank 32 on all linear layers of the transformers, bf16 base, float32 matrices under autocast. The script is left
-out where peft is not installed. What stands behind a comma is an experiment of this benchmark.
+out where peft is not installed. Behind a comma are settings of `[speed]`, or CUDA graphs, which are an experiment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from aquatint.models.adapter_shapes import AdapterSpec, target_layers
 from aquatint.models.adapters import attach
 from aquatint.models.sdxl.model import build_unet
-from benchmarks.gpu.full_tune import LEARNING_RATE, WEIGHT_DECAY, compiled, graphed, our_optimizer
+from aquatint.training.parallelize import Speed
+from benchmarks.gpu.full_tune import LEARNING_RATE, SETTINGS, WEIGHT_DECAY, compiled, graphed, our_optimizer, sped_up
 from benchmarks.gpu.rig import Build, Contender, Row, Scene, filled, main_of, training_flops
 from benchmarks.machine import has
 from benchmarks.ours import our_parts, our_steps
@@ -24,10 +25,11 @@ from benchmarks.peers import script, script_loop, script_loop_accelerate
 RANK = 32
 GRAPHS = ("ours, CUDA graph of the passes", "ours, CUDA graph of the step")
 PEERS = ("script", "script, reduce-overhead")
+WAYS = ("ours", "ours, channels_last", "ours, kernels", "ours, compiled")
 ROWS = {
     row.number: row
     for row in (
-        Row(7, "LoRA, rank 32, four pictures", 1024, (4,), ("script", "ours", "ours, compiled", *GRAPHS)),
+        Row(7, "LoRA, rank 32, four pictures", 1024, (4,), ("script", *WAYS, *GRAPHS)),
         Row(8, "LoRA, rank 32, one picture", 1024, (1,), (*PEERS, "ours", *GRAPHS)),
     )
 }
@@ -73,11 +75,9 @@ def scripted(*, reduces: bool = False) -> Build:
     return build
 
 
-def ours(*, compiles: bool = False) -> Build:
+def ours(speed: Speed) -> Build:
     def build(row: Row, scene: Scene, batch_size: int) -> Contender:
-        unet = adapted(filled(build_unet(scene.spec), scene, torch.bfloat16), scene)
-        if compiles:
-            compiled(unet, scene)
+        unet = sped_up(adapted(filled(build_unet(scene.spec), scene, torch.bfloat16), scene), speed, scene)
         optimizer = our_optimizer(unet, "adamw")
         parts = our_parts(unet, optimizer, learning_rate=LEARNING_RATE, autocast=True, device=scene.device)
         trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
@@ -97,8 +97,7 @@ def graphed_ours(*, whole: bool) -> Build:
 BUILDS: dict[str, Build] = {
     "script": scripted(),
     "script, reduce-overhead": scripted(reduces=True),
-    "ours": ours(),
-    "ours, compiled": ours(compiles=True),
+    **{name: ours(SETTINGS[name]) for name in WAYS},
     "ours, CUDA graph of the passes": graphed_ours(whole=False),
     "ours, CUDA graph of the step": graphed_ours(whole=True),
 }

@@ -1,6 +1,6 @@
 """Which rows of the GPU's plan fit into one call of ten minutes, and what do they say?
 
-    PYTHONPATH=src python3 -m benchmarks.gpu.run peers|ours|graphs|optimizers|vae [--rows 3,4] [--dry]
+    PYTHONPATH=src python3 -m benchmarks.gpu.run peers|ours|graphs|operations|optimizers|vae [--rows 3,4] [--dry]
 
 starts every contender of a call in a process of its own, the first one again at the end to see whether the machine stayed the same, and
 adds what each says to results/gpu_<row>_<gpu>_<date>.json as soon as it is there. What fails or is not installed says so, and what does
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from aquatint.storage import write_text
-from benchmarks.gpu import full_tune, lora, optimizers, vae_encode
+from benchmarks.gpu import full_tune, lora, operations, optimizers, vae_encode
 from benchmarks.gpu.rig import Scene
 from benchmarks.machine import RESULTS, compact, versions
 
 BUDGET_SECONDS, LEAST_SECONDS, LIMIT_SECONDS = 570.0, 40.0, 240.0
 ALLOCATOR = "expandable_segments:True"  # for all alike: otherwise a batch that fits may not, for want of a piece that is large enough
 TRAINING = (full_tune, lora)
-CALLS = ("peers", "ours", "graphs", "optimizers", "vae")
+CALLS = ("peers", "ours", "graphs", "operations", "optimizers", "vae")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def pieces(call: str, rows: Sequence[int] = ()) -> list[Piece]:
     """What a call measures, in order; `rows` leaves out the others."""
     if call == "optimizers":
         return [Piece("optimizers", "optimizers", name, "one step of an optimizer") for name in (*optimizers.CONTENDERS, "factorisations")]
+    if call == "operations":
+        return [Piece("operations", "operations", name, "single operations of the UNet") for name in operations.CONTENDERS]
     groups = (vae_encode,) if call == "vae" else TRAINING
     return [
         Piece(group.__name__.rpartition(".")[2], f"row{row.number}", contender, row.what)
