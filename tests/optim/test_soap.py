@@ -3,7 +3,7 @@ import torch
 from torch.nn import Parameter
 
 from aquatint.optim import soap as module
-from aquatint.optim.soap import Soap, first_basis, gram, next_basis, rotate, rotate_back
+from aquatint.optim.soap import Soap, first_basis, gram, gram_in_blocks, next_basis, rotate, rotate_back, turned
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -86,11 +86,12 @@ def test_200_steps_are_those_of_a_slow_reference(shape, max_dim):
 
 
 def test_the_first_steps_are_exactly_those_of_the_reference():
-    param = Parameter(randn(0, 7, 5))
+    """Of a square matrix: a longer one begins with eigenvalues of zero, whose eigenvectors only the last bit of each product decides."""
+    param = Parameter(randn(0, 6, 6))
     reference = Reference(param.detach(), every=4, max_dim=64)
     train(param, range(10))
     for step in range(10):
-        reference.step(gradient(step, 7, 5))
+        reference.step(gradient(step, 6, 6))
     torch.testing.assert_close(param.detach(), reference.param, rtol=1e-5, atol=1e-5)
 
 
@@ -169,10 +170,18 @@ def test_a_rotated_problem_is_solved_as_the_unrotated_one():
 @pytest.mark.parametrize("shape", [(9, 4), (3, 20), (1, 2), (16, 16)])
 def test_gram_matrices_are_products_with_the_transpose(shape):
     grad = randn(0, *shape).bfloat16()
-    for side, expected in (("left", grad.float() @ grad.float().T), ("right", grad.float().T @ grad.float())):
-        found = gram(grad, side)
-        assert torch.equal(found, found.T)
-        torch.testing.assert_close(found, expected)
+    rows = grad.float()
+    for side, matrix in (("left", rows), ("right", rows.T)):
+        for found in (gram(grad, side), gram_in_blocks(matrix)):
+            assert torch.equal(found, found.T)
+            torch.testing.assert_close(found, matrix @ matrix.T)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 9), 0), ((9, 4), 0), ((4, 9), 1), ((9, 4), 1)])
+def test_a_matrix_is_turned_from_one_basis_to_another_in_either_order_of_products(shape, dim):
+    matrix, old, new = randn(0, *shape), orthogonal(1, shape[dim]), orthogonal(2, shape[dim])
+    bases = [(old, None), (new, None)] if dim == 0 else [(None, old), (None, new)]
+    torch.testing.assert_close(turned(matrix, old, new, dim), rotate(rotate_back(matrix, bases[0]), bases[1]))
 
 
 def test_rotating_there_and_back_changes_nothing():

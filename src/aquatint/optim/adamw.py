@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquatint.optim.offload import MainMemory, held
 from aquatint.optim.tensorwise import Unit
 
 
@@ -26,13 +27,18 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.keeper: MainMemory | None = None  # of a state that is not to be beside the weights
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, finite: Tensor | None = None) -> float | None:  # type: ignore[override]
         """Update every weight that has a gradient. Where the bool scalar `finite` is False, the step is left out."""
         loss = torch.enable_grad()(closure)() if closure else None
-        for group in self.param_groups:
-            self._advance(group, group["params"], finite)
+        if self.keeper is None:
+            for group in self.param_groups:
+                self._advance(group, group["params"], finite)
+        else:
+            for unit in self.units():
+                self.update(unit, finite)
         return loss
 
     def units(self) -> list[Unit]:
@@ -43,7 +49,8 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def update(self, unit: Unit, finite: Tensor | None = None) -> None:
         """A step of this optimizer as if it had no other weights."""
-        self._advance(unit.group, unit.params, finite)
+        with held(self.keeper, unit.index, unit.params, self.state):
+            self._advance(unit.group, unit.params, finite)
 
     def _advance(self, group: dict[str, Any], params: Sequence[Tensor], finite: Tensor | None) -> None:
         params = [param for param in params if param.grad is not None]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, Kernel, adamw_tensors_, has_kernels
+from aquatint.optim import compiled
+from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, Kernel, adamw_tensors_, chosen_kernel, has_kernels
 from aquatint.optim.blockwise import dequantise, quantise
 from aquatint.optim.flat import join, pieces, spread_
 from aquatint.optim.formula import adamw
@@ -25,7 +26,8 @@ from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 class AdamW8bit(TensorwiseOptimizer):
     """AdamW over bfloat16 (stochastically rounded) or float32 weights with 8-bit moments.
 
-    `seed` keys the rounding. It is part of the parameter groups, and so of the state dict. `kernel` "none" takes plain torch on a GPU too.
+    `seed` keys the rounding. It is part of the parameter groups, and so of the state dict. `kernel` is as
+    `chosen_kernel` has it.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class AdamW8bit(TensorwiseOptimizer):
         seed: int,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
-        self.kernel = kernel
+        self.kernel = chosen_kernel(kernel, [param for group in self.param_groups for param in group["params"]])
 
     def kind(self, param: Tensor) -> Hashable:
         return id(param) if is_quantised(param.shape) else super().kind(param)
@@ -67,8 +69,10 @@ class AdamW8bit(TensorwiseOptimizer):
 
             update = kernels.adamw8bit_
         param, grad = join(params), join([param.grad for param in params if param.grad is not None])
-        for piece in pieces(grad):
-            update(param, grad, self.state[params[0]], piece, **settings)
+        state = self.state[params[0]]
+        done = compiled.adamw8bit_(param, grad, state, **settings) if self.kernel == "compiled" else 0
+        for piece in pieces(grad, done):
+            update(param, grad, state, piece, **settings)
         spread_(param, params)
 
 

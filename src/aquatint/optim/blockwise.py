@@ -51,6 +51,19 @@ def codebook(signed: bool, device: torch.device) -> Codebook:
     return Codebook(value.to(device), border.to(device), first.to(torch.uint8).to(device))
 
 
+@cache
+def code_table(signed: bool, device: torch.device) -> Tensor:
+    """A float32's code in one look-up by its upper 16 bits: int32 (65536,), whose upper half is the code of the lowest such number.
+
+    The lower half is what the lower 16 bits must be above for the next code; those of a negative number count downwards.
+    """
+    book = codebook(signed, torch.device("cpu"))
+    keys = torch.arange(KEYS, dtype=torch.int32)
+    border = book.border[book.first.int()].view(torch.int32)
+    above = ((border ^ (border >> 31)) & (KEYS - 1)).where((border >> 16) & (KEYS - 1) == keys, KEYS - 1)
+    return ((book.first.int() << 16) | above).to(device)
+
+
 def quantise(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (n,) uint8 and scales (n / 256,) float32 of a float32 vector.
 

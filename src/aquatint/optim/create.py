@@ -13,6 +13,8 @@ from aquatint.optim.adamw import AdamW
 from aquatint.optim.adamw8bit import AdamW8bit
 from aquatint.optim.adamw_bf16 import AdamWBF16
 from aquatint.optim.groups import GroupSettings
+from aquatint.optim.library import LIBRARY
+from aquatint.optim.library_optimizer import LibraryOptimizer, create_library_optimizer
 from aquatint.optim.soap import Soap
 from aquatint.optim.tensorwise import TensorwiseOptimizer
 
@@ -21,6 +23,7 @@ OURS: Mapping[str, Callable[..., TensorwiseOptimizer]] = MappingProxyType(
 )
 
 
+AnyOptimizer = AdamW | TensorwiseOptimizer | LibraryOptimizer
 Named = Sequence[tuple[str, Parameter]]
 Own = Mapping[str, GroupSettings]  # tensors that are trained in a way of their own, by name
 NONE: Own = MappingProxyType({})
@@ -58,14 +61,17 @@ def create_optimizer(
     weight_decay: float,
     own: Own = NONE,
     **settings: Any,
-) -> AdamW | TensorwiseOptimizer:
+) -> AnyOptimizer:
     """The optimizer called `name`, over the groups of `parameter_groups`; `settings` are its own, `seed` keys its rounding.
 
-    All of them can be stepped tensor by tensor too. Raises ValueError for a name that there is not.
+    All but those of libraries can be stepped tensor by tensor too. Raises ValueError for a name that there is not, and UsageError
+    if its library is not installed.
     """
     groups = parameter_groups(named_parameters, weight_decay, own)
     if name == "adamw":
         return AdamW(groups, lr=learning_rate, **settings)
     if name in OURS:
         return OURS[name](groups, lr=learning_rate, seed=seed, **settings)
-    raise ValueError(f"unknown optimizer {name!r}; there are adamw, {', '.join(OURS)}")
+    if name in LIBRARY:
+        return create_library_optimizer(name, groups, learning_rate=learning_rate, **settings)
+    raise ValueError(f"unknown optimizer {name!r}; there are adamw, {', '.join((*OURS, *LIBRARY))}")

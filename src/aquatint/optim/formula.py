@@ -12,21 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Number = float | Tensor
+
 
 class Coefficients(NamedTuple):
     """What AdamW multiplies with at one step: beta and 1 - beta of each moment, 1 - lr wd, and what makes bias corrections pass for all.
 
     lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps) is step_size m / (sqrt(v) + eps') with eps' = sqrt(1 - b2^t) eps: one root and
-    one division for each weight.
+    one division for each weight. They are numbers, or float32 scalars, which a compiled function takes without being compiled again.
     """
 
-    beta1: float
-    rest1: float
-    beta2: float
-    rest2: float
-    decay: float
-    step_size: float
-    eps: float
+    beta1: Number
+    rest1: Number
+    beta2: Number
+    rest2: Number
+    decay: Number
+    step_size: Number
+    eps: Number
 
 
 def coefficients(*, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Coefficients:
@@ -37,8 +39,11 @@ def coefficients(*, step: int, lr: float, betas: tuple[float, float], eps: float
 
 
 def root(values: Tensor) -> Tensor:
-    """The square root, correctly rounded. On a CPU it is NumPy's: torch's there is one unit off for a sixth of all numbers."""
-    if values.device.type != "cpu":
+    """The square root, correctly rounded. On a CPU it is NumPy's: torch's there is one unit off for a sixth of all numbers.
+
+    Compiled for a CPU it is a single instruction, which is exact.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return values.sqrt()
     result = torch.empty_like(values)
     np.sqrt(values.numpy(), out=result.numpy())
@@ -62,6 +67,11 @@ def adamw(
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
     c = coefficients(step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return advance(param, grad, exp_avg, exp_avg_sq, c)
+
+
+def advance(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """`adamw` with what it multiplies with already known."""
     grad = grad.float()
     exp_avg = exp_avg.to(torch.float32, copy=True).mul_(c.beta1).add_(grad * c.rest1)
     exp_avg_sq = exp_avg_sq.to(torch.float32, copy=True).mul_(c.beta2).add_((grad * grad).mul_(c.rest2))

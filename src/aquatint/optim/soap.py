@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, adamw_
-from aquatint.optim.flat import join, pieces, spread_
-from aquatint.optim.rounding import copy_stochastic_, draw_for, write_
+from aquatint.optim.flat import join, pieces, row_pieces, spread_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
 from aquatint.optim.sizes import preconditioned_dims
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -61,18 +61,31 @@ def soap(
     """
     beta1, beta2 = betas
     rotated = rotate(grad.float(), bases)
-    exp_avg = torch.lerp(exp_avg.float(), rotated, 1 - beta1)
-    exp_avg_sq = (beta2 * exp_avg_sq.float()).addcmul_(rotated, rotated, value=1 - beta2)
-    direction = exp_avg / (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    param = ((1 - lr * weight_decay) * param.float()).sub_(rotate_back(direction, bases), alpha=lr / (1 - beta1**step))
-    return param, exp_avg, exp_avg_sq
+    firsts, seconds, directions, params = (torch.empty_like(rotated) for _ in range(4))
+    for piece in row_pieces(rotated):
+        first = torch.lerp(exp_avg[piece].float(), rotated[piece], 1 - beta1, out=firsts[piece])
+        second = torch.mul(exp_avg_sq[piece].float(), beta2, out=seconds[piece]).addcmul_(rotated[piece], rotated[piece], value=1 - beta2)
+        torch.div(first, (second / (1 - beta2**step)).sqrt_().add_(eps), out=directions[piece])
+    directions = rotate_back(directions, bases)
+    for piece in row_pieces(rotated):
+        kept = torch.mul(param[piece].float(), 1 - lr * weight_decay, out=params[piece])
+        kept.sub_(directions[piece], alpha=lr / (1 - beta1**step))
+    return params, firsts, seconds
 
 
 def gram(grad: Tensor, side: str) -> Tensor:
-    """G G^T (left) or G^T G (right), float32. It is symmetric: little more than half of it is computed, in rows up to the diagonal."""
+    """G G^T (left) or G^T G (right), float32."""
     rows = grad.float() if side == "left" else grad.float().T
+    if rows.device.type != "cpu":
+        return gram_in_blocks(rows)
+    array = rows.numpy()
+    return torch.from_numpy(array @ array.T)  # NumPy sees that the result is symmetric, and computes half of it; torch does not
+
+
+def gram_in_blocks(rows: Tensor) -> Tensor:
+    """M M^T of a matrix. It is symmetric: little more than half of it is computed, in rows up to the diagonal."""
     size = rows.shape[0]
-    result = torch.empty(size, size, dtype=torch.float32, device=grad.device)
+    result = torch.empty(size, size, dtype=torch.float32, device=rows.device)
     edges = [size * block // GRAM_BLOCKS for block in range(GRAM_BLOCKS + 1)]
     for start, stop in pairwise(edges):
         torch.mm(rows[start:stop], rows[:stop].T, out=result[start:stop, :stop])
@@ -131,7 +144,7 @@ class Soap(TensorwiseOptimizer):
         (param,) = params
         if param.grad is None:
             return
-        state, grad, group = self.state[param], param.grad.flatten(1), unit.group
+        state, grad, group = self.state[param], param.grad.flatten(1).float(), unit.group
         beta2, bases = group["betas"][1], (state.get("basis_left"), state.get("basis_right"))
         if step == 1:
             state.update(first_preconditioner(grad, beta2, group["max_precond_dim"], finite))
@@ -141,12 +154,11 @@ class Soap(TensorwiseOptimizer):
         value, exp_avg, exp_avg_sq = soap(old, grad, exp_avg, exp_avg_sq, bases, step=step - 1, **settings)
         for side in SIDES:
             if f"gram_{side}" in state:
-                write_(state[f"gram_{side}"], torch.lerp(state[f"gram_{side}"], gram(grad, side), 1 - beta2), finite)
+                blend_(state[f"gram_{side}"], gram(grad, side), 1 - beta2, finite)
         if (step + unit.index) % group["precond_every"] == 0:
             exp_avg, exp_avg_sq = refresh_(state, exp_avg, exp_avg_sq, finite)
         targets, results = (state["exp_avg"], state["exp_avg_sq"], param), (exp_avg, exp_avg_sq, value)
-        for target, result, random_bits in zip(targets, results, draw_for(param, self.key(unit, step)), strict=True):
-            copy_stochastic_(target, result.view(target.shape), random_bits, finite)
+        round_rows_(targets, results, self.key(unit, step), finite)
 
     def _advance_vectors(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         targets = [params, *([self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq"))]
@@ -156,6 +168,23 @@ class Soap(TensorwiseOptimizer):
             adamw_(*(vector[piece] for vector in (grad, *joined)), step=step, key=key, start=piece.start, finite=finite, **settings)
         for tensors, vector in zip(targets, joined, strict=True):
             spread_(vector, tensors)
+
+
+def round_rows_(targets: Sequence[Tensor], results: Sequence[Tensor], key: Key, finite: Tensor | None = None) -> None:
+    """Write float32 matrices (O, I) into the moments and the weight that they are of, in whatever shape, as `copy_stochastic_` does."""
+    for piece in row_pieces(results[0]):
+        parts = [target[piece] for target in targets]
+        drawn = draw_for(parts[0], key, piece.start * results[0].shape[1])
+        for part, result, random_bits in zip(parts, results, drawn, strict=True):
+            copy_stochastic_(part, result[piece].view(part.shape), random_bits, finite)
+
+
+def blend_(mean: Tensor, value: Tensor, weight: float, finite: Tensor | None = None) -> None:
+    """Move a running mean towards a value, if `finite`."""
+    if finite is None:
+        mean.lerp_(value, weight)
+    else:
+        write_(mean, torch.lerp(mean, value, weight), finite)
 
 
 def first_preconditioner(grad: Tensor, beta: float, max_dim: int, finite: Tensor | None = None) -> State:
@@ -170,12 +199,18 @@ def first_preconditioner(grad: Tensor, beta: float, max_dim: int, finite: Tensor
     return state
 
 
+def turned(matrix: Tensor, old: Tensor, new: Tensor, dim: int) -> Tensor:
+    """A matrix whose dimension `dim` is in the basis `old`, in the basis `new`: in the order that takes fewer multiplications."""
+    if dim == 0:
+        return (new.T @ old) @ matrix if len(old) < matrix.shape[1] else new.T @ (old @ matrix)
+    return matrix @ (old.T @ new) if len(old) < matrix.shape[0] else (matrix @ old.T) @ new
+
+
 def refresh_(state: State, exp_avg: Tensor, exp_avg_sq: Tensor, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """New bases in `state`, if `finite`, and the moments in them: the first is rotated from old to new, the second follows the sorting."""
-    exp_avg = rotate_back(exp_avg, (state.get("basis_left"), state.get("basis_right")))
+    """New bases in `state`, if `finite`, and the moments in them: the first is turned from old to new, the second follows the sorting."""
     for dim, side in enumerate(SIDES):
         if f"gram_{side}" in state:
             basis, order = next_basis(state[f"gram_{side}"], state[f"basis_{side}"])
+            exp_avg, exp_avg_sq = turned(exp_avg, state[f"basis_{side}"], basis, dim), exp_avg_sq.index_select(dim, order)
             write_(state[f"basis_{side}"], basis, finite)
-            exp_avg_sq = exp_avg_sq.index_select(dim, order)
-    return rotate(exp_avg, (state.get("basis_left"), state.get("basis_right"))), exp_avg_sq
+    return exp_avg, exp_avg_sq

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aquatint.optim.flat import batches
+from aquatint.optim.offload import MainMemory, held
 from aquatint.optim.rounding import Key, rounding_key
-
-JOINED_ELEMENTS = 1 << 20
+from aquatint.optim.sizes import JOINED_ELEMENTS
 
 State = dict[str, Tensor]
 
@@ -29,6 +29,11 @@ class Unit:
     index: int
     group: dict[str, Any]
     params: tuple[Tensor, ...]
+
+
+def undecided(finite: Tensor | None) -> Tensor | None:
+    """`finite`, or None where it is in main memory and True: then nothing has to choose between old and new."""
+    return None if finite is not None and finite.device.type == "cpu" and finite.numpy() else finite
 
 
 class Tensorwise(Protocol):
@@ -52,6 +57,7 @@ class TensorwiseOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self.keeper: MainMemory | None = None  # of a state that is not to be beside the weights
         self._counted: dict[Tensor, tuple[Tensor, int]] = {}  # of each weight: its step count, as a tensor and as a number
 
     @torch.no_grad()
@@ -73,6 +79,10 @@ class TensorwiseOptimizer(Optimizer):
     @torch.no_grad()
     def update(self, unit: Unit, finite: Tensor | None = None) -> None:
         """Step those weights of a unit that have a gradient; in a unit of several, those with as many steps behind them at once."""
+        with held(self.keeper, unit.index, unit.params, self.state):
+            self._update(unit, undecided(finite))
+
+    def _update(self, unit: Unit, finite: Tensor | None) -> None:
         params = [param for param in unit.params if param.grad is not None]
         for param in params:
             if not self.state[param]:
