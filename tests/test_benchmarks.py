@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import step_counts, step_parity, step_speed
-from benchmarks.gpu import full_tune, lora, optimizers, rig, run, vae_encode
+from benchmarks.gpu import full_tune, lora, operations, optimizers, rig, run, vae_encode
 from benchmarks.machine import has
 from benchmarks.ours import draw_batches, our_loop, our_parts, our_steps, repeated, tiny_unet
 from benchmarks.peers import script, script_loop, strong_loop
@@ -131,16 +131,19 @@ def test_ratios_are_made_round_by_round():
     ("group", "row", "contender"),
     [
         ("full_tune", 1, "script"),
-        ("full_tune", 2, "strong"),
-        ("full_tune", 3, "ours"),
-        ("full_tune", 4, "ours, CUDA graph of the passes"),
+        pytest.param("full_tune", 2, "strong", marks=pytest.mark.long),
+        pytest.param("full_tune", 3, "ours", marks=pytest.mark.long),
+        pytest.param("full_tune", 4, "ours, CUDA graph of the passes", marks=pytest.mark.long),
         ("full_tune", 5, "ours, CUDA graph of the step"),
         ("lora", 7, "ours"),
-        ("vae_encode", 11, "diffusers in bfloat16"),
+        pytest.param("full_tune", 2, "ours, all", marks=pytest.mark.slow),
+        pytest.param("lora", 7, "ours, kernels", marks=pytest.mark.long),
+        pytest.param("vae_encode", 11, "diffusers in bfloat16", marks=pytest.mark.long),
         ("vae_encode", 11, "ours"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own tracer looks at it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # and does that
 def test_a_row_runs_dry(group, row, contender, capsys):
     module = SECTIONS[group]
     batches = module.pictures if group == "vae_encode" else rig.pool
@@ -160,6 +163,14 @@ def test_an_optimizer_runs_dry(contender, capsys):
     else:
         optimizers.main(["--contender", contender, "--dry"])
         assert capsys.readouterr().out.startswith("RESULT {")
+
+
+@pytest.mark.parametrize("contender", operations.CONTENDERS)
+def test_an_operation_runs_dry(contender, capsys):
+    operations.main(["--contender", contender, "--dry"])
+    found = json.loads(capsys.readouterr().out.removeprefix("RESULT "))["ms"]
+    assert len(found) in (2, 3)
+    assert all(0 < low <= middle <= high for low, middle, high in found.values())
 
 
 @pytest.mark.parametrize("module", SECTIONS.values(), ids=SECTIONS)
@@ -210,6 +221,7 @@ def test_a_contender_that_is_not_installed_is_left_out_and_one_that_breaks_has_f
     assert run.run(run.Piece("lora", "row7", "script"), 20, dry=True) == {"failed": "ValueError: no"}
 
 
+@pytest.mark.long
 def test_a_whole_call_runs_dry_with_no_more_than_a_bare_machine_has(tmp_path, monkeypatch, capsys):
     """In a process of its own, without aquatint's other dependencies, and without a result."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({NOT_ON_A_BARE_MACHINE!r}))")

@@ -73,7 +73,7 @@ def test_a_file_that_is_there_is_never_overwritten(here, capsys):
     [
         (["run.yaml"], "does not end in .toml"),
         (["--preset", "full-24"], "did you mean full-24gb?"),
-        (["--vram", "6"], "too small"),
+        (["--vram", "4"], "too small"),
         (["--name", "my run"], "letters, digits"),
     ],
 )

@@ -21,9 +21,11 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, tiny_base):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
     path = tmp_path / "run.toml"
-    path.write_text('[model]\nbase = "base.safetensors"\n[[data.sources]]\npath = "pictures"\n')
+    path.write_text(f'[model]\nbase = "{tiny_base}"\n[[data.sources]]\npath = "pictures"\n')
     return path
 
 
@@ -38,3 +40,13 @@ def test_a_weight_without_its_model_is_refused_before_anything_begins(config, ca
     assert run(["train-vae", str(config), "vae_training.perceptual_weight=1"]) == 2
     assert calls == []
     assert "`vae_training.perceptual_weight` needs `vae_training.perceptual_model`" in capsys.readouterr().err
+
+
+def test_what_would_stop_it_is_found_before_anything_begins(config, calls, capsys):
+    gone = ["model.base=gone.safetensors", "vae_training.perceptual_weight=1", "vae_training.perceptual_model=vgg.safetensors"]
+    assert run(["train-vae", str(config), *gone]) == 2
+    assert calls == []
+    said = capsys.readouterr().err
+    assert "gone.safetensors" in said
+    assert "there is no file" in said
+    assert "docs/vae.md" in said

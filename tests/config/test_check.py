@@ -27,13 +27,49 @@ CONTRADICTIONS = {
     "a folder of a model that is not written": {"adapter": {"kind": "lora"}, "export": {"diffusers_folder": True}},
     "a merge that is not written": {"adapter": {"kind": "lora"}, "export": {"merged": True, "single_file": False}},
     "an autoencoder in a LoRA": {"adapter": {"kind": "lora"}, "model": {"standardise_latents": True}},
+    "a batch as large as fits, of steps as large as that": {"training": {"batch_size": "auto"}},
+    "a batch as large as fits, so many times": {"training": {"batch_size": "auto", "pictures_per_step": 8, "accumulation_steps": 2}},
+    "two numbers of pictures per step": {"training": {"batch_size": 4, "pictures_per_step": 8}},
     "the bf16 optimizer without bf16 weights": {"training": {"precision": "bf16_mixed"}, "optimizer": {"name": "adamw_bf16"}},
     "steps inside the backward pass with a clip of the whole": {"training": {"fused_backward": True}},
-    "a frozen part of an adapter": {
-        "adapter": {"kind": "lora"}, "training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0}]},
+    "few bits for weights that learn": {"memory": {"frozen_format": "int8"}},
+    "blocks that wait in main memory while they learn": {"memory": {"swapped_blocks": 0.5}},
+    "blocks that are compiled without having their weights": {
+        "adapter": {"kind": "lora"}, "memory": {"swapped_blocks": 0.5}, "speed": {"compile": "blocks"},
+    },
+    "steps of a library inside the backward pass": {"training": {"fused_backward": True, "clip_norm": 0}, "optimizer": {"name": "lion"}},
+    "state of a library in main memory": {"memory": {"optimizer_state": "cpu"}, "optimizer": {"name": "came"}},
+    "bf16 weights with an optimizer of a library": {"training": {"precision": "bf16_pure"}, "optimizer": {"name": "muon"}},
+    "a schedule for an optimizer that is free of them": {
+        "lr": {"schedule": "cosine"}, "optimizer": {"name": "schedule_free"}, "ema": {"enabled": False},
+    },
+    "an average of what is averaged": {"optimizer": {"name": "schedule_free"}},
+    "several rates where one is found": {
+        "training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0.5}]}, "optimizer": {"name": "prodigy"},
     },
     "decay of what is frozen": {"training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0, "weight_decay": 0.1}]}},
     "a group that asks for nothing": {"training": {"groups": [{"match": ["mid_block"]}]}},
+    "kernels without channels last": {"speed": {"kernels": True}},
+    "projections joined beside adapters": {"adapter": {"kind": "lora"}, "speed": {"fused_qkv": True}},
+    "blocks that are compiled and computed again in part": {
+        "speed": {"compile": "blocks"}, "training": {"gradient_checkpointing": "pointwise"},
+    },
+    **{
+        f"{name} of text encoders that are not trained": {"text_encoders": {name: value}}
+        for name, value in {"learning_rate_factor": 0.5, "stop_after": "2 epochs"}.items()
+    },
+    "a text encoder twice": {"text_encoders": {"train": ["text_encoder", "text_encoder"]}},
+    "text encoders that stop by the clock": {"text_encoders": {"train": ["text_encoder"], "stop_after": "30 min"}},
+    "cached captions of a trained text encoder": {"text_encoders": {"train": ["text_encoder"]}, "captions": {"text": "cached"}},
+    "renderings in a cache that has no captions": {
+        "text_encoders": {"train": ["text_encoder"]}, "captions": {"style": "tags", "shuffle": True, "variants": 4},
+    },
+    "the format of captions that are not cached": {"text_encoders": {"train": ["text_encoder"]}, "cache": {"text_dtype": "float32"}},
+    "the base's answer to captions that are read anew": {
+        "text_encoders": {"train": ["text_encoder"]}, "diffusion": {"mask_prior_weight": 0.5},
+        "data": {"sources": [{"path": "/none", "masks": "files"}]},
+    },
+    "a text encoder's rate where one is found": {"text_encoders": {"train": ["text_encoder"]}, "optimizer": {"name": "prodigy"}},
     "a way to clip without clipping": {"training": {"clip": "per_tensor", "clip_norm": 0}},
     "sides the wrong way round": {"buckets": {"min_side": 2048, "max_side": 1024}},
     "a shortest side above the resolution": {"buckets": {"min_side": 1056, "resolution": 1024}},
@@ -161,6 +197,16 @@ FINE = {
         "export": {"lora_names": ["kohya", "diffusers"], "merged": True, "diffusers_folder": True},
     },
     "a LoRA in bf16": {"adapter": {"kind": "lora"}, "training": {"precision": "bf16_pure"}, "optimizer": {"name": "adamw_bf16"}},
+    "schedule-free training with a warm-up": {
+        "optimizer": {"name": "schedule_free"}, "ema": {"enabled": False}, "lr": {"warmup": "100 steps"},
+    },
+    "one rate for what is not frozen": {
+        "optimizer": {"name": "prodigy"}, "training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0}]},
+    },
+    "text encoders with a rate and an end of their own": {
+        "text_encoders": {"train": ["text_encoder", "text_encoder_2"], "learning_rate_factor": 0.5, "stop_after": "2 epochs"},
+        "captions": {"style": "tags", "shuffle": True},
+    },
     "8-bit moments beside either weights": {"optimizer": {"name": "adamw8bit"}},
     "steps inside the backward pass, each tensor clipped": {"training": {"fused_backward": True, "clip": "per_tensor"}},
     "steps inside the backward pass without a clip": {"training": {"fused_backward": True, "clip_norm": 0}},
@@ -240,8 +286,10 @@ def test_a_rule_about_a_setting_without_a_value_is_not_asked(broken):
         ),
         ({"buckets": {"resolution": 2048}}, "show more through the same noise"),
         ({"ema": {"warmup": False}}, "mostly the base model"),
+        ({"optimizer": {"name": "prodigy", "learning_rate": 1e-4}}, "multiplies the rate that prodigy finds"),
         ({"training": {"clip": "delayed"}}, "an older norm than it has to"),
         ({"training": {"fused_backward": True, "clip": "delayed", "accumulation_steps": 4}}, "saves little memory"),
+        ({"speed": {"channels_last": True, "kernels": True}, "training": {"device": "cpu"}}, "makes a step slower"),
         ({"ema": {"warmup": False, "half_life": "9000 samples"}, "training": {"batch_size": 4}}, "mostly the base model"),
         ({"ema": {"power_stds": [0.05, 0.1]}}, "too few snapshots"),
         ({"ema": {"power_stds": [0.1], "snapshot_every": "300 samples"}, "training": {"batch_size": 2}}, "too few snapshots"),

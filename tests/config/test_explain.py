@@ -19,7 +19,7 @@ def test_a_setting_comes_with_help_kind_and_default():
     key, doc, kind, default = explanation("training.batch_size").splitlines()
     assert key == "training.batch_size"
     assert doc.startswith("Pictures per forward pass.")
-    assert kind == "write    a whole number, at least 1"
+    assert kind == 'write    "auto" or a whole number, at least 1'
     assert default == "default  1"
 
 

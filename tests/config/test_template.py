@@ -68,7 +68,8 @@ def test_no_line_is_too_long_to_read():
 
 @pytest.mark.parametrize(
     ("vram", "name"),
-    [(7.9, None), (8, "lora-8gb"), (11.9, "lora-8gb"), (12, "full-12gb"), (15, "full-12gb"), (16, "full-16gb"), (24, "full-24gb"),
+    [(5.9, None), (6, "lora-6gb"), (7.9, "lora-6gb"), (8, "lora-8gb"), (11.9, "lora-8gb"), (12, "full-12gb"), (15, "full-12gb"),
+     (16, "full-16gb"), (24, "full-24gb"),
      (47, "full-24gb"), (48, "full-48gb"), (80, "full-80gb"), (141, "full-80gb")],
 )  # fmt: skip
 def test_the_preset_is_the_largest_that_fits(vram, name):

@@ -65,6 +65,19 @@ CASES = {
         },
         "optimizer": {"name": "adamw_bf16", "learning_rate": 1e-3},
     },
+    "int8-swapped": {
+        "adapter": {"kind": "lora", "rank": 2},
+        "memory": {"frozen_format": "int8", "swapped_blocks": 0.6, "optimizer_state": "cpu"},
+        "training": {
+            "length": "6 steps",
+            "precision": "bf16_mixed",
+            "gradient_checkpointing": "pointwise",
+            "groups": [
+                {"match": ["mid_block"], "learning_rate_factor": 0},
+                {"match": ["*.attn2"], "learning_rate_factor": 0.5},
+            ],
+        },
+    },
 }
 
 
@@ -74,7 +87,7 @@ def shared(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("adapters")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name == "lora-mixed" else pytest.param(name, marks=pytest.mark.long) for name in CASES])
 def test_a_killed_and_resumed_run_equals_a_straight_one(shared, tiny_base, name, monkeypatch):
     sections = {key: dict(value) for key, value in CASES[name].items()}
     optimizer = sections.pop("optimizer", None)
@@ -91,6 +104,20 @@ def test_a_killed_and_resumed_run_equals_a_straight_one(shared, tiny_base, name,
     with TensorFile(straight / "checkpoints" / "step-000006" / "unet.safetensors") as file:
         shapes = {name: info.shape for name, info in file.tensors.items()}
     assert shapes == adapter_shapes(open_base(tiny_base).spec.shapes("unet"), adapter_spec(configs[0]))
+
+
+@pytest.mark.long
+def test_what_waits_in_main_memory_changes_no_bit_of_a_run(shared, tiny_base):
+    kept = {"frozen_format": "nf4"}
+    away = {**kept, "swapped_blocks": 1.0, "optimizer_state": "cpu"}
+    training = {"length": "4 steps", "precision": "bf16_mixed", "gradient_checkpointing": True}
+    folders = [
+        train_run(config_of(shared, tiny_base, f"place-{number}", memory=memory, training=training)).folder
+        for number, memory in enumerate((kept, away))
+    ]
+    here, there = (folder / "checkpoints" / "step-000004" for folder in folders)
+    for file in ("unet.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from aquatint.demo.model import random_tensors
-from aquatint.models.adapter_shapes import AdapterSpec, adapter_shapes, target_layers
+from aquatint.models.adapter_export import write_adapter
+from aquatint.models.adapter_files import check_adapter, start_values
+from aquatint.models.adapter_shapes import AdapterSpec, adapter_shapes, spec_layers, target_layers
 from aquatint.models.adapters import Frozen, adapted_layers, attach, merged, row_norms, start, without_adapters
 from aquatint.models.sdxl.model import build_unet, predict, sdxl_spec
 from tests.models.sdxl.small import small_spec
@@ -227,3 +229,24 @@ def test_without_adapters_it_is_the_base_and_then_itself_again():
     with torch.no_grad():
         assert torch.equal(predict(Frozen(unet), *inputs()), predict(plain, *inputs()))
         assert not torch.equal(before, predict(plain, *inputs()))
+
+
+def test_what_groups_leave_out_has_no_adapter_and_is_in_no_file(tmp_path):
+    spec = AdapterSpec("lora", 4, 4.0, "all", groups=(("mid_block.resnets", False), ("mid_block", True), ("*.attn2", True)))
+    shapes = small_spec().shapes("unet")
+    everywhere = target_layers(shapes, "all")
+    left = spec_layers(shapes, spec)
+    assert {name for name in everywhere if name not in left} == {
+        name for name in everywhere if ".attn2." in name or name.startswith("mid_block.attentions")
+    }
+    unet = attach(small_unet(), spec, torch.float32)
+    assert adapted_layers(unet).keys() == left.keys()
+    assert {name: tuple(p.shape) for name, p in trained(unet).items()} == adapter_shapes(shapes, spec)
+    start(unet, seed=5)
+    path = tmp_path / "lora.safetensors"
+    write_adapter(path, trained(unet), spec, shapes, names="kohya", dtype=torch.float32, metadata={})
+    check_adapter(path, shapes, spec)
+    assert start_values(path, shapes, spec).keys() == trained(unet).keys()
+    base = dict(small_unet().named_parameters())
+    both = merged(base, trained(unet), spec)
+    assert [name for name in both if both[name] is not base[name]] == [name for name in base if name.removesuffix(".weight") in left]

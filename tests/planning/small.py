@@ -33,8 +33,9 @@ class StubTracer(Tracer):
     """Numbers of a plausible size without a pass through the networks."""
 
     def step(self, config, size_hw):
-        kept = (1 if config.training.gradient_checkpointing else 8) * GIB * config.training.batch_size
-        flops = 4 if config.training.gradient_checkpointing else 3
+        level = config.training.gradient_checkpointing
+        kept = {False: 8, "pointwise": 5, True: 1}[level] * GIB * config.training.batch_size
+        flops = 4 if level is True else 3
         freed = config.training.fused_backward and config.training.accumulation_steps == 1
         gradients = 0 if freed else num_trained(config, self.spec) * DTYPE_BYTES[weight_dtype(config)]
         return StepCost(kept, kept + gradients, 7 * TERA * config.training.batch_size, flops * 7 * TERA * config.training.batch_size)

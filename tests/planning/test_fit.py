@@ -49,7 +49,7 @@ def test_no_other_settings_cost_less(gib):
 @pytest.mark.parametrize(
     "training",
     [
-        {"batch_size": 3, "gradient_checkpointing": False},
+        {"batch_size": 3, "gradient_checkpointing": "pointwise"},
         {"batch_size": 3, "fused_backward": True, "clip": "delayed", "precision": "fp32"},
     ],
 )

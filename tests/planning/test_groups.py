@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from aquatint.errors import UsageError
-from aquatint.models.adapter_shapes import NAME
+from aquatint.models.adapter_shapes import NAME, adapter_shapes
+from aquatint.models.frozen import halve
 from aquatint.models.sdxl.model import build_unet, sdxl_spec
 from aquatint.optim.create import create_optimizer
 from aquatint.optim.groups import GroupSettings
 from aquatint.planning.disk import checkpoint_bytes, export_bytes
 from aquatint.planning.groups import block_of, frozen_names, group_findings, own_settings, table
+from aquatint.planning.kept import half_frozen
 from aquatint.planning.memory import plan_memory, state_parts
 from aquatint.planning.report import plan_text
 from aquatint.planning.trace import trace_step
-from aquatint.planning.trained import check_groups, num_frozen, num_trained, trainable_shapes, trained_shapes
+from aquatint.planning.trained import adapter_spec, check_groups, num_frozen, num_trained, trainable_shapes, trained_shapes
 from aquatint.training.parallelize import ready_for_training, trained_parameters
 
 from .small import StubTracer, config, small_spec
@@ -72,6 +74,15 @@ def test_what_fits_nothing_is_said_with_what_was_meant(groups, words, hint):
         check_groups(grouped(*groups), small_spec())
 
 
+def test_layers_that_a_group_freezes_have_no_adapter():
+    settings = grouped({"match": ["*.attn2"], "learning_rate_factor": 0}, adapter=LORA)
+    assert list(group_findings(settings, trainable_shapes(settings, small_spec()))) == []
+    everything = trained_shapes(config(adapter=LORA), small_spec())
+    assert trained_shapes(settings, small_spec()) == {name: shape for name, shape in everything.items() if ".attn2." not in name}
+    assert adapter_shapes(small_spec().shapes("unet"), adapter_spec(settings)) == trained_shapes(settings, small_spec())
+    assert adapter_spec(grouped({"match": ["*.attn2"], "learning_rate_factor": 0.5}, adapter=LORA)) == adapter_spec(config(adapter=LORA))
+
+
 def test_norms_have_no_adapter_to_be_grouped():
     settings = grouped({"match": ["*.norm1"]}, adapter=LORA)
     (finding,) = group_findings(settings, trainable_shapes(settings, small_spec()))
@@ -118,6 +129,7 @@ def test_weights_and_optimizer_state_are_those_of_the_real_thing(optimizer):
     assert weights.bytes == sum(p.nbytes for p in trained.values())
     assert state.bytes == sum(t.nbytes for entry in real.state.values() for t in entry.values())
     assert average.bytes == 4 * num_trained(settings, small_spec())
+    halve(unet, half_frozen(settings, small_spec()))
     parts = {part.name: part.bytes for part in plan_memory(settings, small_spec(), StubTracer(small_spec())).phases[2].parts}
     assert parts["frozen weights"] == sum(p.nbytes for p in unet.parameters()) - weights.bytes
 

@@ -85,3 +85,17 @@ def test_another_optimizer_keeps_the_learning_rate_and_nothing_else():
 def test_changes_are_written_as_overrides():
     changes = {"training.fused_backward": True, "samples.every": None, "cache.batch_size": 1, "ema.device": "cpu"}
     assert changes_text(changes) == "training.fused_backward=true samples.every=never cache.batch_size=1 ema.device=cpu"
+
+
+def test_a_rate_that_means_something_else_is_not_carried_over():
+    assert (
+        with_changes(config(optimizer={"name": "lion", "learning_rate": 3e-6}), {"optimizer.name": "adamw8bit"}).optimizer.learning_rate
+        == 3e-6
+    )
+    for name in ("prodigy", "torch_adafactor"):
+        assert with_changes(config(optimizer={"name": name}), {"optimizer.name": "adamw8bit"}).optimizer.learning_rate == 1e-5
+
+
+def test_bf16_weights_bring_another_optimizer_than_that_of_a_library():
+    (level,) = levels("precision of weights", config(optimizer={"name": "lion"}))
+    assert level.changes == {"training.precision": "bf16_pure", "optimizer.name": "adamw_bf16"}

@@ -52,6 +52,7 @@ def test_the_plan_says_steps_memory_time_and_disk_without_any_weights(pictures):
         "optimizer state",
         "moving average",
         "gradients and activations",
+        "\n\nMain memory\n  program",
         "checkpoints",
         "\n\nTime\n  counted in the network itself, for the largest bucket (256 × 256 pixels)",
         "× 2 samples = ",
@@ -69,13 +70,6 @@ def test_what_would_need_less_is_listed_with_its_price():
     assert lines[1] == "to need less (all in all, with each alone):"
     assert any(line.endswith("ema.device=cpu (a second or so more per step, and its size in main memory)") for line in lines)
     assert report.saving_lines([]) == []
-
-
-def test_what_a_run_on_a_gpu_keeps_in_main_memory_is_said():
-    spec = sdxl_spec()
-    assert report.elsewhere_lines(config(ema={"device": "cpu"}), spec) == ["in main memory: the moving average, 9.56 GiB"]
-    assert report.elsewhere_lines(config(), spec) == []
-    assert report.elsewhere_lines(config(ema={"device": "cpu"}, training={"device": "cpu"}), spec) == []
 
 
 def test_a_run_on_a_cpu_is_planned_in_main_memory():

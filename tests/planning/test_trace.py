@@ -63,7 +63,7 @@ def test_the_backward_pass_of_one_layer_is_counted_in_closed_form():
     assert inputs.shape == (16, 32)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, "pointwise", True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tensors_without_memory_give_the_bytes_of_real_ones(monkeypatch, checkpointing, autocast):
     settings = {**SMALL, "checkpointing": checkpointing, "autocast": autocast, "accumulating": True, "size_hw": (64, 96)}
@@ -193,12 +193,26 @@ def test_operations_are_those_of_pytorchs_own_counter(plain):
     assert decoded.flops == counter.get_total_flops() - whole
 
 
-@pytest.mark.parametrize(("checkpointing", "gib", "tflop"), [(False, 6.41, 20.23), (True, 0.55, 25.44)])
+@pytest.mark.parametrize(
+    ("checkpointing", "gib", "tflop"),
+    [(False, 6.41, 20.23), pytest.param("pointwise", 3.86, 20.23, marks=pytest.mark.long), (True, 0.55, 25.44)],
+)
 def test_the_full_size_unet_needs_what_was_measured(checkpointing, gib, tflop):
     settings = {**SMALL, "dtype": torch.bfloat16, "size_hw": (1024, 1024), "checkpointing": checkpointing}
     cost = trace_step(sdxl_spec(), **settings)
     assert cost.activations / GIB == pytest.approx(gib, abs=0.01)
     assert (cost.forward_flops / 1e12, cost.flops / 1e12) == pytest.approx((6.761, tflop), rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kernels_leave_less_for_the_backward_pass_and_compute_nothing_twice(autocast):
+    settings = {**SMALL, "dtype": torch.bfloat16, "autocast": autocast}
+    one, other = (trace_step(small_spec(), **settings, kernels=kernels) for kernels in (False, True))
+    assert other.flops == one.flops
+    assert other.activations < 0.85 * one.activations
+    checkpointed = [trace_step(small_spec(), **{**settings, "checkpointing": True}, kernels=kernels) for kernels in (False, True)]
+    assert checkpointed[1].flops == checkpointed[0].flops
 
 
 def test_the_full_size_autoencoder_computes_what_was_measured():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from aquatint.errors import UsageError
-from aquatint.training.parallelize import choose_device, ready_for_training, trained_parameters, weight_dtype
+from aquatint.models.sdxl import speed as ways
+from aquatint.training import parallelize
+from aquatint.training.parallelize import Speed, choose_device, ready_for_training, trained_parameters, weight_dtype
 
 
 class Net(torch.nn.Module):
@@ -15,12 +17,12 @@ class Net(torch.nn.Module):
         self.layer = torch.nn.Linear(2, 2).requires_grad_(False)
         self.checkpointing = False
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.checkpointing = True
+    def enable_gradient_checkpointing(self, function: object = None) -> None:
+        self.checkpointing = True if function is None else "pointwise"
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_every_weight_is_trained_and_activations_are_recomputed_if_asked(checkpointing: bool):
+@pytest.mark.parametrize("checkpointing", [True, "pointwise", False])
+def test_every_weight_is_trained_and_activations_are_recomputed_if_asked(checkpointing):
     net = ready_for_training(Net().eval(), gradient_checkpointing=checkpointing, device=torch.device("cpu"))
     assert all(p.requires_grad for p in net.parameters())
     assert net.training
@@ -42,6 +44,34 @@ def test_a_gpu_that_is_not_there_is_refused_with_advice(monkeypatch: pytest.Monk
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UsageError, match="no CUDA GPU"):
         choose_device("cuda")
+
+
+def test_the_unet_is_rearranged_when_it_is_frozen_and_compiled_when_it_is_checkpointed(monkeypatch: pytest.MonkeyPatch):
+    done: list[tuple[object, ...]] = []
+    for way in ("use_channels_last", "use_kernels", "use_fused_qkv"):
+        monkeypatch.setattr(
+            ways, way, lambda net, way=way, **settings: done.append((way, net.layer.bias.requires_grad, *settings.values()))
+        )
+    monkeypatch.setattr(ways, "can_compile_exactly", lambda: True)
+    monkeypatch.setattr(ways, "compile_blocks", lambda net, num_shapes: done.append(("compile_blocks", (num_shapes, net.checkpointing))))
+    speed = Speed(channels_last=True, kernels=True, fused_qkv=True, compile="blocks", num_shapes=9)
+    settings = {"device": torch.device("cpu"), "frozen": ["layer.bias"], "speed": speed}
+    ready_for_training(Net(), gradient_checkpointing=True, **settings)
+    rearranged = [("use_channels_last", False), ("use_kernels", False, False), ("use_fused_qkv", False)]
+    assert done == [*rearranged, ("compile_blocks", (9, True))]
+
+
+@pytest.mark.parametrize("speed", [Speed(kernels=True), Speed(compile="blocks")])
+def test_kernels_for_a_gpu_without_triton_are_refused_with_advice(speed: Speed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallelize, "has_kernels", lambda device: False)
+    with pytest.raises(UsageError, match="needs Triton"):
+        ready_for_training(Net(), gradient_checkpointing=False, device=torch.device("cuda"), speed=speed)
+
+
+def test_a_torch_that_may_compile_otherwise_the_next_time_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ways, "can_compile_exactly", lambda: False)
+    with pytest.raises(UsageError, match="other arithmetic the next time"):
+        ready_for_training(Net(), gradient_checkpointing=False, device=torch.device("cpu"), speed=Speed(compile="blocks"))
 
 
 def test_freed_tensors_go_back_to_the_system():

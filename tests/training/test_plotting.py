@@ -8,7 +8,8 @@ from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.process import Process
 from aquatint.tracking.tensorboard import png_size_hw
 from aquatint.training import plotting
-from aquatint.training.build import build_ema, build_parts, build_reader
+from aquatint.training.build import build_reader
+from aquatint.training.build_parts import build_ema, build_parts
 from aquatint.training.objectives import choose_objective
 from aquatint.training.plotting import plot_run
 from aquatint.training.prepare import prepare

@@ -8,8 +8,9 @@ import pytest
 from aquatint.config.load import read_draft
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.process import Process
+from aquatint.optim import library
 from aquatint.training import preflight as module
-from aquatint.training.preflight import Inspection, checkpoint_bytes, gib, inspect, preflight
+from aquatint.training.preflight import Inspection, checkpoint_bytes, gib, inspect, inspect_vae, preflight
 
 
 @pytest.fixture
@@ -251,6 +252,13 @@ def test_packages_of_the_data_half_must_be_there_too(config_of, monkeypatch, sec
     assert "pip install aquatint[" in problem.hint
 
 
+def test_the_library_of_an_optimizer_must_be_there_too(config_of, monkeypatch):
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    problem = only(config_of(optimizer={"name": "lion"}))
+    assert problem.message == '`optimizer.name = "lion"` needs the package pytorch_optimizer, which is not installed'
+    assert problem.hint.startswith("`pip install 'aquatint[optimizers]'`")
+
+
 def test_groups_that_fit_nothing_are_found(config_of):
     groups = [{"match": ["conv_in", "mid_blok"], "learning_rate_factor": 0.0}, {"match": ["conv_in.bias"], "learning_rate_factor": 2.0}]
     unknown, taken = preflight(config_of(training={"groups": groups}))
@@ -284,3 +292,24 @@ def test_looking_needs_no_torch():
 
 def test_sizes_are_said_in_the_unit_that_fits():
     assert [gib(value) for value in (0, 5 << 20, 1 << 30, 1500 << 30)] == ["0.0 MiB", "5.0 MiB", "1.0 GiB", "1,500.0 GiB"]
+
+
+def test_the_decoders_training_is_inspected_too_without_captions_and_cache(config_of, tmp_path, monkeypatch):
+    (tmp_path / "pictures" / "a.txt").unlink()
+    found = inspect_vae(Inspection(config_of(data={"max_uncaptioned_share": 0.0})))
+    assert found.problems == found.notices == []
+    assert [line.partition(":")[0] for line in found.looked_at] == ["base model", "pictures", "disk of `run.folder`"]
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 1)
+    (problem,) = inspect_vae(Inspection(config_of())).problems
+    assert problem.message.startswith("the disk of `run.folder` is too small: about ")
+    assert "2 + 1 checkpoints of " in problem.hint
+
+
+def test_too_little_main_memory_is_a_notice_for_a_gpu(config_of, monkeypatch):
+    monkeypatch.setattr(module, "machine_bytes", lambda: 1 << 20)
+    (notice,) = inspect(Inspection(config_of())).notices
+    assert notice.startswith("the run takes ")
+    assert notice.endswith("of main memory, and this machine has 0.00 GiB: `aquatint plan` shows what for")
+    open_batch = config_of(training={"batch_size": "auto", "pictures_per_step": 8})
+    assert len(inspect(Inspection(open_batch)).notices) == 2, "and more pictures per step than there are"
+    assert inspect(Inspection(config_of(training={"device": "cpu"}))).notices == []

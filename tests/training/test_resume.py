@@ -25,6 +25,7 @@ def test_the_same_config_has_no_changes():
         {"loader": {"workers": 0}},
         {"vae_training": {"l1_weight": 2}},
         {"ema": {"snapshot_every": "3 steps"}},
+        {"memory": {"optimizer_state": "cpu", "swapped_blocks": 0.5}},
     ],
 )
 def test_what_does_not_touch_the_training_may_change(section: dict):
@@ -37,6 +38,25 @@ def test_another_learning_rate_is_shown_with_both_values():
 
 def test_another_optimizer_shows_its_name():
     assert "optimizer.name: adamw -> adafactor" in changes(config(), config(optimizer={"name": "adafactor"}))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"name": "adamw"}, {"name": "adafactor"}),
+        ({"name": "adamw_bf16"}, {"name": "adamw_bf16", "rounding": "kahan"}),
+        ({"name": "soap"}, {"name": "soap", "max_precond_dim": 640}),
+    ],
+)
+def test_another_optimizer_is_refused_whatever_is_accepted(before: dict, after: dict, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config(optimizer=before)))
+    with pytest.raises(ResumeError, match="of no use with another: optimizer") as caught:
+        accept_config(tmp_path, config(optimizer=after), resuming=True, accept_changes=True, say=print)
+    assert "aquatint export" in caught.value.hint
+
+
+def test_another_format_of_frozen_weights_is_a_change():
+    assert changes(config(), config(memory={"frozen_format": "int8"})) == ["memory.frozen_format: own -> int8"]
 
 
 def test_another_group_is_a_change():

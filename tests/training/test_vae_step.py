@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aquatint.models.patchgan import build_discriminator
+from aquatint.models.recompute import Recompute, recompute
 from aquatint.models.sdxl.load import open_base
 from aquatint.training import vae_looks
 from aquatint.training.ema import Ema
@@ -20,10 +21,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def parts_of(base: Path, *, adversary_from: int | None = None, learning_rate: float = 1e-3, checkpointing: bool = False) -> VaeParts:
+def parts_of(base: Path, *, adversary_from: int | None = None, learning_rate: float = 1e-3, checkpointing: Recompute = False) -> VaeParts:
     vae = open_base(base).load_vae(torch.float32)
-    if checkpointing:
-        vae.enable_gradient_checkpointing()
+    recompute(vae, checkpointing)
     decoder = trained_parts(vae)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.0)
     adversary = None
@@ -102,8 +102,9 @@ def test_the_adversarial_pull_is_as_strong_as_the_reconstruction_s_times_its_wei
     assert balance == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-4)
 
 
-def test_recomputing_activations_changes_no_gradient(base: Path, batch: PictureBatch):
-    plain, saving = (parts_of(base, adversary_from=0, checkpointing=checkpointing) for checkpointing in (False, True))
+@pytest.mark.parametrize("checkpointing", [True, "pointwise"])
+def test_recomputing_activations_changes_no_gradient(base: Path, batch: PictureBatch, checkpointing: Recompute):
+    plain, saving = (parts_of(base, adversary_from=0, checkpointing=what) for what in (False, checkpointing))
     reports = [vae_step(parts, [batch], 0) for parts in (plain, saving)]
     assert reports[0].loss == reports[1].loss
     assert changed(weights(plain.vae), weights(saving.vae)) == set()

@@ -11,7 +11,8 @@ import torch
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.load import open_base
 from aquatint.training import objective, tasks, trainer
-from aquatint.training.build import Built, build_run, build_validation, train_run
+from aquatint.training.build import Built, build_run, train_run
+from aquatint.training.build_tasks import build_validation
 from aquatint.training.checkpoint import sorted_checkpoints
 from aquatint.training.objective import Objective
 from aquatint.training.prepare import prepare

@@ -25,13 +25,16 @@ AcceptChanges = Annotated[
 ]
 
 
-def inspect_all(path: Path, overrides: list[str] | None) -> tuple[Draft, Inspection]:
-    """The config, and what is to be said about the files that it names. Raises ConfigError if it cannot even be read."""
+def inspect_all(path: Path, overrides: list[str] | None, *, for_vae: bool = False) -> tuple[Draft, Inspection]:
+    """The config, and what is to be said about the files that it names. Raises ConfigError if it cannot even be read.
+
+    `for_vae`: as far as `train-vae` needs them.
+    """
     from aquatint.config.load import read_draft
-    from aquatint.training.preflight import Inspection, inspect
+    from aquatint.training.preflight import Inspection, inspect, inspect_vae
 
     draft = read_draft(path, overrides or [])
-    return draft, inspect(Inspection(draft.config, draft.place, draft.broken))
+    return draft, (inspect_vae if for_vae else inspect)(Inspection(draft.config, draft.place, draft.broken))
 
 
 def refuse_problems(draft: Draft, inspection: Inspection) -> None:
@@ -44,9 +47,9 @@ def refuse_problems(draft: Draft, inspection: Inspection) -> None:
         raise ConfigError(problems)
 
 
-def checked_config(path: Path, overrides: list[str] | None) -> Config:
+def checked_config(path: Path, overrides: list[str] | None, *, for_vae: bool = False) -> Config:
     """A config that was checked with all that it names. Raises ConfigError with all problems; notices go to stderr."""
-    draft, inspection = inspect_all(path, overrides)
+    draft, inspection = inspect_all(path, overrides, for_vae=for_vae)
     refuse_problems(draft, inspection)
     for notice in inspection.notices:
         print(f"note: {notice}", file=sys.stderr)

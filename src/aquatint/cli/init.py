@@ -10,7 +10,7 @@ import typer
 
 from aquatint.errors import UsageError
 
-PRESETS = "lora-8gb, full-12gb, full-16gb, full-24gb, full-48gb, full-80gb"
+PRESETS = "lora-6gb, lora-8gb, full-12gb, full-16gb, full-24gb, full-48gb, full-80gb"
 UNKNOWN_GPU_GB = 24
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from aquatint.config.rule import Rule
 from aquatint.config.schema import Config
+from aquatint.config.sections.library_optimizers import OWN_RATE
 from aquatint.config.sections.looks import ExportSection
 from aquatint.config.sections.methods import AdapterSection
 
@@ -68,13 +69,13 @@ ADAPTER_RULES = (
 ADAPTER_REMARKS = (
     Rule(
         ("optimizer.learning_rate", "adapter.kind"),
-        lambda c: has_adapter(c) and c.optimizer.learning_rate > HIGH_LEARNING_RATE,
+        lambda c: has_adapter(c) and c.optimizer.learning_rate > HIGH_LEARNING_RATE and c.optimizer.name not in OWN_RATE,
         "`optimizer.learning_rate = {c.optimizer.learning_rate:g}` is far above what adapters stand",
         "1e-4 to 5e-4 is usual",
     ),
     Rule(
         ("optimizer.learning_rate", "adapter.kind"),
-        lambda c: has_adapter(c) and 0 < c.optimizer.learning_rate < LOW_LEARNING_RATE,
+        lambda c: has_adapter(c) and 0 < c.optimizer.learning_rate < LOW_LEARNING_RATE and c.optimizer.name not in OWN_RATE,
         "`optimizer.learning_rate = {c.optimizer.learning_rate:g}` is for a whole UNet: an adapter hardly learns with it",
         "1e-4 to 5e-4 is usual",
     ),

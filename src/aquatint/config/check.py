@@ -13,11 +13,15 @@ from aquatint.config.duration import Duration
 from aquatint.config.ema_rules import EMA_REMARKS, EMA_RULES
 from aquatint.config.evaluation_rules import EVALUATION_REMARKS, EVALUATION_RULES
 from aquatint.config.group_rules import GROUP_RULES
+from aquatint.config.memory_rules import MEMORY_RULES
 from aquatint.config.optimizer_rules import OPTIMIZER_REMARKS, OPTIMIZER_RULES
 from aquatint.config.rule import Rule
 from aquatint.config.schema import Config
 from aquatint.config.sections.data import BucketsSection, CaptionsSection, SourceSection
+from aquatint.config.sections.library_optimizers import OWN_RATE
 from aquatint.config.sections.steps import LearningRateSection
+from aquatint.config.speed_rules import SPEED_REMARKS, SPEED_RULES
+from aquatint.config.text_rules import TEXT_RULES, trains_text
 from aquatint.config.vae_rules import VAE_RULES
 from aquatint.config.validation_rules import VALIDATION_RULES
 
@@ -225,7 +229,7 @@ RULES = (
         'a run should be the same on any machine: write it as "100 steps" or "0.1 epochs"',
     ),
     Rule(
-        ("lr.warmup", "training.length", "training.batch_size", "training.accumulation_steps"),
+        ("lr.warmup", "training.length", "training.batch_size", "training.accumulation_steps", "training.pictures_per_step"),
         lambda c: _longer(c, c.lr.warmup, c.training.length),
         '`lr.warmup` ("{c.lr.warmup}") is longer than `training.length` ("{c.training.length}")',
         "the learning rate would never reach its peak: a twentieth of the length is plenty",
@@ -329,7 +333,10 @@ RULES = (
     *DIFFUSION_RULES,
     *EMA_RULES,
     *GROUP_RULES,
+    *MEMORY_RULES,
     *OPTIMIZER_RULES,
+    *SPEED_RULES,
+    *TEXT_RULES,
     *EVALUATION_RULES,
     *VAE_RULES,
     *VALIDATION_RULES,
@@ -339,7 +346,7 @@ RULES = (
 REMARKS = (
     Rule(
         ("optimizer.learning_rate", "adapter.kind"),
-        lambda c: not has_adapter(c) and c.optimizer.learning_rate > NOTABLE_LEARNING_RATE,
+        lambda c: not has_adapter(c) and c.optimizer.learning_rate > NOTABLE_LEARNING_RATE and c.optimizer.name not in OWN_RATE,
         "`optimizer.learning_rate = {c.optimizer.learning_rate:g}` is far above what full fine-tuning of SDXL stands",
         "1e-6 to 1e-5 is usual",
     ),
@@ -371,6 +378,7 @@ REMARKS = (
     *DIFFUSION_REMARKS,
     *EMA_REMARKS,
     *OPTIMIZER_REMARKS,
+    *SPEED_REMARKS,
     *EVALUATION_REMARKS,
 )
 """Worth a look, but allowed."""
@@ -410,6 +418,11 @@ def encodes_online(captions: CaptionsSection) -> bool:
     return captions.text == "online" or (captions.text == "auto" and captions.variants == 1 and varies(captions))
 
 
+def renders_online(config: Config) -> bool:
+    """Whether captions of samples are rendered anew each time, and so are none in the cache."""
+    return trains_text(config) or encodes_online(config.captions)
+
+
 def may_have_several(config: Config) -> bool:
     """Whether pictures may have several captions to pick from at random, as far as the names in the config tell."""
     return config.captions.pick == "random" and any(
@@ -431,7 +444,7 @@ def _shares(config: Config) -> float:
 
 def _samples(config: Config, duration: Duration) -> float | None:
     """Pictures that pass in this time, or None if that depends on how many there are."""
-    per_step = config.training.batch_size * config.training.accumulation_steps
+    per_step = config.training.per_step
     return {"steps": duration.value * per_step, "samples": duration.value}.get(duration.unit)
 
 

@@ -191,7 +191,7 @@ DIFFUSION_RULES = (
 DIFFUSION_REMARKS = (
     Rule(
         ("noise.immiscible", "training.batch_size"),
-        lambda c: c.noise.immiscible and 1 < c.training.batch_size < 8,
+        lambda c: c.noise.immiscible and c.training.batch_size != "auto" and 1 < c.training.batch_size < 8,
         "`noise.immiscible` does little with {c.training.batch_size} pictures a batch",
         "it chooses among the noises of a batch, and is worth its time from 8 on",
     ),

@@ -18,7 +18,7 @@ def _is_set_without_ema(name: str) -> Callable[[Config], bool]:
 
 def _times(config: Config, part: Duration | None, whole: Duration) -> float | None:
     """How often a duration fits into another; None if that is not known without counting the pictures."""
-    per_step = config.training.batch_size * config.training.accumulation_steps
+    per_step = config.training.per_step
     if part is None or part.value == 0:
         return None
     if part.unit == whole.unit:

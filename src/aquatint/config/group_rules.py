@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from aquatint.config.adapter_rules import has_adapter
 from aquatint.config.rule import Rule
 from aquatint.config.schema import Config
 
@@ -18,13 +17,6 @@ def _ends_without_a_wish(config: Config) -> bool:
 
 
 GROUP_RULES = (
-    Rule(
-        ("training.groups", "adapter.kind"),
-        lambda c: has_adapter(c) and has_frozen_group(c),
-        "`training.groups` cannot freeze a part of an adapter",
-        "the UNet is frozen anyway, and matrices that never learn would only make the file larger: "
-        "leave out the group with `learning_rate_factor = 0`, and choose layers with `adapter.targets`",
-    ),
     Rule(
         ("training.groups",),
         lambda c: any(group.learning_rate_factor == 0 and group.weight_decay is not None for group in c.training.groups),

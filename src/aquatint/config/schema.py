@@ -19,8 +19,17 @@ from aquatint.config.sections.looks import (
     TrackingSection,
     ValidationSection,
 )
-from aquatint.config.sections.methods import AdapterSection, DiffusionSection, ModelSection, NoiseSection, TimestepsSection
+from aquatint.config.sections.memory import MemorySection
+from aquatint.config.sections.methods import (
+    AdapterSection,
+    DiffusionSection,
+    ModelSection,
+    NoiseSection,
+    TextEncodersSection,
+    TimestepsSection,
+)
 from aquatint.config.sections.optimizers import AdamWSection, Optimizer
+from aquatint.config.sections.speed import SpeedSection
 from aquatint.config.sections.steps import EmaSection, LearningRateSection, TrainingSection
 
 
@@ -98,12 +107,18 @@ class Config(Section):
     """How often each noise level is trained."""
     adapter: AdapterSection = AdapterSection()
     """Training a LoRA instead of the whole UNet."""
+    text_encoders: TextEncodersSection = TextEncodersSection()
+    """Training the text encoders too."""
     optimizer: Optimizer = AdamWSection()
     """The optimizer; each has its own settings."""
     lr: LearningRateSection = LearningRateSection()
     """The learning rate over time."""
     training: TrainingSection = TrainingSection()
     """Length, batch and precision."""
+    speed: SpeedSection = SpeedSection()
+    """How the UNet is computed. None of it changes what is learned but for rounding."""
+    memory: MemorySection = MemorySection()
+    """What lives where, and in how many bytes."""
     ema: EmaSection = EmaSection()
     """Moving average of the weights."""
     validation: ValidationSection = ValidationSection()

@@ -106,7 +106,8 @@ def _example(setting: Setting, value: Any) -> str:
     if isinstance(value, int) and "multipleOf" in setting.schema and value > setting.schema["minimum"]:
         step = setting.schema["multipleOf"]
         return f", such as {value // step * step} or {-(-value // step) * step}"
-    if isinstance(value, str) and setting.schema.get("type") in ("integer", "number", "boolean"):
+    kinds = {branch.get("type") for branch in setting.schema.get("anyOf", [setting.schema])}
+    if isinstance(value, str) and kinds & {"integer", "number", "boolean"}:
         bare = value.strip().lower()
         return f", without quotes: {bare}" if bare in ("true", "false") or _bare_number(bare) else ""
     return ""

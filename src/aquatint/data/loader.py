@@ -102,13 +102,18 @@ class Entries:
     empty_text_key: bytes
     mask_floor: float = 0.0
 
-    def fixed(self, samples: Samples, rows: Sequence[int]) -> Batch:
-        """Pictures of one shape as they are, for validation: first view, first text, mean latents; no noise, timesteps 0."""
+    def fixed(self, samples: Samples, rows: Sequence[int], texts: Sequence[str] | None = None) -> Batch:
+        """Pictures of one shape as they are, for validation: first view, first text, mean latents; no noise, timesteps 0.
+
+        With `texts`, those of `samples`, the batch has captions instead of embeddings.
+        """
         choices = [Choice(row, 0, samples.text_of[row][0], "keep") for row in rows]
         mean, _ = self.read_latents(samples, choices)
         batch = self.batch(
             samples, choices, range(len(rows)), self.scaling(mean), torch.zeros_like(mean), torch.zeros(len(rows), dtype=torch.int64)
         )
+        if texts is not None:
+            return replace(batch, captions=tuple(texts[choice.text] for choice in choices))
         return self.with_texts(batch, samples, choices)
 
     def read_latents(self, samples: Samples, choices: Sequence[Choice]) -> tuple[torch.Tensor, torch.Tensor]:

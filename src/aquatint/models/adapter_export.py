@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aquatint.errors import NumericalError, StorageError
 from aquatint.models.adapter_files import Names, file_layer, find_places
-from aquatint.models.adapter_shapes import NAME, AdapterSpec, added_shapes, target_layers
+from aquatint.models.adapter_shapes import NAME, AdapterSpec, added_shapes, spec_layers
 from aquatint.models.adapters import Tensors
 from aquatint.models.sdxl.shapes import Shape
 from aquatint.tensor_file import LazyTensor, TensorFile, write_tensors
@@ -40,7 +40,7 @@ def write_adapter(
 
     Raises NumericalError when a number does not fit in `dtype`, StorageError when not all that was written is there.
     """
-    layers = target_layers(unet, spec.targets)
+    layers = spec_layers(unet, spec)
     tensors = {name: tensor for layer, shape in layers.items() for name, tensor in _layer(adapter, layer, shape, spec, names, dtype)}
     digest = write_tensors(path, tensors, metadata, data_digest_key=HASH_KEY)
     write_tensors(path, tensors, {**metadata, "sshs_model_hash": digest}, data_digest_key=HASH_KEY)  # A1111's name for the same

@@ -2,6 +2,7 @@
 
 kohya: `lora_unet_<layer in LDM's spelling, with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`, and `.dora_scale` for DoRA.
 diffusers: `unet.<layer>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`, and perhaps a note on alpha in the metadata.
+Text encoders are `lora_te1_<layer, with _>` and `lora_te2_…` there, and `text_encoder.<layer>` and `text_encoder_2.<layer>` here.
 Programs divide alpha by the rank, and take a missing one for a factor of 1. Whether a file fits is told by its header: no torch.
 """
 
@@ -9,15 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aquatint.errors import ModelFileError
-from aquatint.models.adapter_shapes import NAME, TARGETS, AdapterSpec, layer_shapes, target_layers
+from aquatint.models.adapter_shapes import NAME, TARGETS, AdapterSpec, layer_shapes, spec_layers
 from aquatint.models.sdxl import detect
-from aquatint.models.sdxl.keys import PREFIXES, to_original
-from aquatint.models.sdxl.shapes import Shape
+from aquatint.models.sdxl.keys import PREFIXES, published_name, to_original
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, Component, Shape, is_text
 from aquatint.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -49,20 +50,24 @@ class Added:
 
 
 def file_layer(names: Names, layer: str) -> str:
-    """What a layer of the UNet is called in a file."""
+    """What a layer of the UNet is called in a file, or one of a text encoder."""
+    network = _network(layer)
+    name = published_name(network, layer.removeprefix(f"{network}."))
     if names == "diffusers":
-        return f"unet.{layer}"
-    return "lora_unet_" + to_original("unet", layer).name.removeprefix(PREFIXES["unet"]).replace(".", "_")
+        return f"{network}.{name}"
+    if network == "unet":
+        return "lora_unet_" + to_original("unet", layer).name.removeprefix(PREFIXES["unet"]).replace(".", "_")
+    return f"lora_te{1 if network == 'text_encoder' else 2}_{name}".replace(".", "_")
 
 
 def read_adapter(path: Path, unet: Mapping[str, Shape]) -> dict[str, Added]:
     """Layer -> what a file adds to it; `unet` has the shapes of all tensors of the model.
 
-    Raises ModelFileError for what is no LoRA, is of another kind or model, or has more than the UNet's.
+    Raises ModelFileError for what is no LoRA, is of another kind or model, or has more than these.
     """
     with _opened(path) as file:
-        places, noted = find_places(file, unet), _noted_scale(file)
-        return {layer: _read(file, layer, parts, noted) for layer, parts in places.items()}
+        places, noted = find_places(file, unet), _noted_scales(file)
+        return {layer: _read(file, layer, parts, noted[_network(layer)]) for layer, parts in places.items()}
 
 
 def start_values(path: Path, unet: Mapping[str, Shape], spec: AdapterSpec) -> dict[str, Tensor]:
@@ -101,13 +106,16 @@ def find_places(file: TensorFile, unet: Mapping[str, Shape]) -> Places:
     layers = layer_shapes(unet)
     known = {file_layer(names, layer): layer for layer in layers for names in ("kohya", "diffusers")}  # type: ignore[arg-type]
     known |= {f"lora_unet_{layer.replace('.', '_')}": layer for layer in layers}  # as OneTrainer and others write kohya's names
+    unheard = _unheard(layers)
     places: dict[str, dict[str, str]] = {}
     for name in file.tensors:
         stem, part = next(((name.removesuffix(end), part) for end, part in _PARTS.items() if name.endswith(end)), (name, None))
-        if name.startswith(("lora_te", "text_encoder")):
+        if stem.startswith(unheard):
+            continue
+        if name.startswith(("lora_te", "text_encoder")) and stem not in known:
             raise ModelFileError(
                 f"{file.path} changes the text encoders too (`{name}`), which are not trained here",
-                hint="choose a LoRA of the UNet alone, or leave out `adapter.start_from`",
+                hint="set `text_encoders.train` to those that it changes, or choose a LoRA of the UNet alone",
             )
         if part is None:
             raise ModelFileError(f"{file.path} holds `{name}`, which is no part of a LoRA", hint=_OTHER_KIND)
@@ -119,6 +127,13 @@ def find_places(file: TensorFile, unet: Mapping[str, Shape]) -> Places:
     for layer, parts in places.items():
         _check_shapes(file, layer, parts, layers[layer])
     return places
+
+
+def _unheard(layers: Mapping[str, Shape]) -> tuple[str, ...]:
+    """How the names of CLIP-L's last layer begin in a file: other programs train it, and no UNet is told anything by it."""
+    heard = {layer.split(".")[3] for layer in layers if layer.startswith("text_encoder.encoder.")}
+    last = f"text_encoder.encoder.layers.{len(heard)}"
+    return (file_layer("kohya", last) + "_", file_layer("diffusers", last) + ".") if heard else ()
 
 
 def _opened(path: Path) -> TensorFile:
@@ -159,12 +174,23 @@ def _read(file: TensorFile, layer: str, parts: Mapping[str, str], noted: float) 
     return Added(tensors["down"], tensors["up"], scale, magnitude)
 
 
-def _noted_scale(file: TensorFile) -> float:
-    """The scale of a file without alphas: diffusers' note on it, or 1. Raises ModelFileError for one by layer."""
+def _network(layer: str) -> Component:
+    """The network that a layer is of."""
+    return next((one for one in TEXT_ENCODERS if layer.startswith(f"{one}.")), "unet")
+
+
+def _noted_scales(file: TensorFile) -> dict[Component, float]:
+    """The scale of each network in a file without alphas: diffusers' note on it, or 1. Raises ModelFileError for one by layer."""
+    networks: tuple[Component, ...] = ("unet", *TEXT_ENCODERS)
+    return {network: _noted_scale(file, network) for network in networks}
+
+
+def _noted_scale(file: TensorFile, network: Component) -> float:
     if PEFT_KEY not in file.metadata:
         return 1.0
     try:
-        noted = {key.removeprefix("unet."): value for key, value in json.loads(file.metadata[PEFT_KEY]).items()}
+        values = json.loads(file.metadata[PEFT_KEY]).items()
+        noted = {key.removeprefix(f"{network}."): value for key, value in values if network == "unet" or key.startswith(f"{network}.")}
         rank, alpha = float(noted.get("r", 1)), float(noted.get("lora_alpha", noted.get("r", 1)))
         scale = float(alpha / (rank**0.5 if noted.get("use_rslora") else rank))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
@@ -175,12 +201,15 @@ def _noted_scale(file: TensorFile) -> float:
 
 
 def _refuse_other_layers(path: Path, places: Places, unet: Mapping[str, Shape], spec: AdapterSpec) -> None:
-    wanted = target_layers(unet, spec.targets)
+    wanted = spec_layers(unet, spec)
     if places.keys() == wanted.keys():
         return
-    fitting = [targets for targets in TARGETS if target_layers(unet, targets).keys() == places.keys()]
+    fitting = [targets for targets in TARGETS if spec_layers(unet, replace(spec, targets=targets)).keys() == places.keys()]
     different = sorted(places.keys() ^ wanted.keys())
+    hint = f'set `adapter.targets = "{fitting[0]}"`' if fitting else "no choice of `adapter.targets` has just those: choose another file"
+    if any(map(is_text, wanted)) and not any(map(is_text, places)):
+        hint = "it changes no text encoder: leave out `text_encoders.train`, or choose another file"
     raise ModelFileError(
         f"{path} has {len(places)} layers, and `adapter.targets` asks for {len(wanted)}: `{different[0]}` is only in one of them",
-        hint=f'set `adapter.targets = "{fitting[0]}"`' if fitting else "no choice of `adapter.targets` has just those: choose another file",
+        hint=hint,
     )

@@ -9,16 +9,18 @@ from math import sqrt
 from typing import Literal
 
 from aquatint.models.sdxl.shapes import Shape
+from aquatint.optim.groups import fits
 
 Kind = Literal["lora", "dora"]
 Targets = Literal["attention", "transformer", "all"]
 TARGETS: tuple[Targets, ...] = ("attention", "transformer", "all")
 
 NAME = "lora"  # of the part that is added to a layer, and so in the names of what is trained: `conv1.lora.down`
+_TEXT_LAYERS = r"\.(self_attn|mlp)\."
 _PATTERNS: Mapping[Targets, str] = {
-    "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$",
-    "transformer": r"\.attentions\.\d+\.",
-    "all": r"\.(attentions|resnets|downsamplers|upsamplers)\.\d+\.",
+    "attention": r"\.attn[12]\.to_(q|k|v|out\.0)$|\.self_attn\.(q|k|v|out)_proj$",
+    "transformer": rf"\.attentions\.\d+\.|{_TEXT_LAYERS}",
+    "all": rf"\.(attentions|resnets|downsamplers|upsamplers)\.\d+\.|{_TEXT_LAYERS}",
 }
 
 
@@ -31,6 +33,8 @@ class AdapterSpec:
     alpha: float
     targets: Targets
     rslora: bool = False
+    groups: tuple[tuple[str, bool], ...] = ()
+    """Patterns of names, and whether what they fit has no adapter after all; the first that fits a layer counts."""
 
     @property
     def scale(self) -> float:
@@ -51,11 +55,21 @@ def layer_shapes(unet: Mapping[str, Shape]) -> dict[str, Shape]:
 def target_layers(unet: Mapping[str, Shape], targets: Targets) -> dict[str, Shape]:
     """The layers that an adapter goes to, with the shapes of their weights; `unet` has those of all its tensors.
 
+    There may be those of text encoders too, whose names have the encoder before them.
     `attention`: queries, keys, values and outputs. `transformer`: every linear layer of the transformers, as sd-scripts does it.
     `all`: the residual blocks' and the resamplers' layers too, as LoCon does it.
     """
     pattern = re.compile(_PATTERNS[targets])
     return {layer: shape for layer, shape in layer_shapes(unet).items() if pattern.search(layer)}
+
+
+def spec_layers(unet: Mapping[str, Shape], spec: AdapterSpec) -> dict[str, Shape]:
+    """`target_layers` without those that are to have no adapter."""
+
+    def is_left_out(layer: str) -> bool:
+        return next((left_out for pattern, left_out in spec.groups if fits(f"{layer}.weight", pattern)), False)
+
+    return {layer: shape for layer, shape in target_layers(unet, spec.targets).items() if not is_left_out(layer)}
 
 
 def added_shapes(shape: Shape, spec: AdapterSpec) -> dict[str, Shape]:
@@ -69,6 +83,6 @@ def adapter_shapes(unet: Mapping[str, Shape], spec: AdapterSpec) -> dict[str, Sh
     """Name -> shape of everything that is trained."""
     return {
         f"{layer}.{NAME}.{part}": added
-        for layer, shape in target_layers(unet, spec.targets).items()
+        for layer, shape in spec_layers(unet, spec).items()
         for part, added in added_shapes(shape, spec).items()
     }

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aquatint.models.adapter_shapes import NAME, AdapterSpec, added_shapes, target_layers
+from aquatint.models.adapter_shapes import NAME, AdapterSpec, added_shapes, spec_layers
+from aquatint.models.frozen import FrozenLinear, weight_shapes
 from aquatint.tensor_file import LazyTensor
 from aquatint.utils.seeds import generator
 
@@ -36,8 +37,8 @@ class LowRank(nn.Module):
         self.is_on = True
         self.conv = {name: getattr(layer, name) for name in ("stride", "padding")} if isinstance(layer, nn.Conv2d) else None
         self.magnitude = None
-        weight: Any = layer.weight
-        for name, shape in added_shapes(tuple(weight.shape), spec).items():
+        weight: Any = layer.parts[0] if isinstance(layer, FrozenLinear) else layer.weight
+        for name, shape in added_shapes(layer.shape if isinstance(layer, FrozenLinear) else tuple(weight.shape), spec).items():
             own = torch.promote_types(dtype, torch.float32) if name == "magnitude" else dtype  # bf16 magnitudes would change the layer
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=own, device=weight.device)))
 
@@ -74,8 +75,7 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 def attach(unet: nn.Module, spec: AdapterSpec, dtype: torch.dtype) -> nn.Module:
     """Freezes a UNet and puts an adapter beside each layer that `spec` names; `start`, or a file, gives them their values."""
     unet.requires_grad_(False)
-    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
-    for name in target_layers(shapes, spec.targets):
+    for name in spec_layers(weight_shapes(unet), spec):
         layer = unet.get_submodule(name)
         layer.add_module(NAME, LowRank(layer, spec, dtype))
         layer.register_forward_hook(_add)
@@ -144,7 +144,7 @@ def merged(base: Tensors, adapter: Tensors, spec: AdapterSpec, strength: float =
     """
     shapes = {name: tuple(value.shape) for name, value in base.items()}
     weights = dict(base)
-    for layer, shape in target_layers(shapes, spec.targets).items():
+    for layer, shape in spec_layers(shapes, spec).items():
         parts = [adapter[f"{layer}.{NAME}.{part}"] for part in added_shapes(shape, spec)]
         weight = base[f"{layer}.weight"]
         weights[f"{layer}.weight"] = LazyTensor(torch.float32, shape, partial(_merge, weight, parts, spec.scale, strength))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from math import ceil, prod
 
-from aquatint.config.check import encodes_online
+from aquatint.config.check import renders_online
 from aquatint.config.schema import Config
 from aquatint.models.sdxl.model import ModelSpec
+from aquatint.models.sdxl.shapes import COMPONENTS
 from aquatint.planning.memory import DTYPE_BYTES, Part, gib, state_parts
 from aquatint.planning.schedule import StepPlan, count
 from aquatint.planning.shapes import largest_bucket
 from aquatint.planning.trace import PX_PER_LATENT, TOKENS
-from aquatint.planning.trained import num_trained
+from aquatint.planning.trained import num_trained, trained_encoders
 
 
 def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
@@ -21,8 +22,9 @@ def checkpoint_bytes(config: Config, spec: ModelSpec) -> int:
 
 def export_bytes(config: Config, spec: ModelSpec) -> int:
     """One exported model. The parts that are not trained are taken as float16, which most bases are."""
-    others = sum(spec.num_parameters(component) for component in ("vae", "text_encoder", "text_encoder_2"))
-    return spec.num_parameters("unet") * DTYPE_BYTES[config.export.dtype] + others * DTYPE_BYTES["float16"]
+    trained = ("unet", *trained_encoders(config))
+    dtypes = {component: config.export.dtype if component in trained else "float16" for component in COMPONENTS}
+    return sum(spec.num_parameters(component) * DTYPE_BYTES[dtype] for component, dtype in dtypes.items())
 
 
 def exported_part(config: Config, spec: ModelSpec) -> Part:
@@ -33,6 +35,17 @@ def exported_part(config: Config, spec: ModelSpec) -> Part:
         return Part("exported model", export_bytes(config, spec) * models, section.dtype)
     files = num_trained(config, spec) * DTYPE_BYTES[section.dtype] * len(section.lora_names)
     return Part("exported adapter", files + export_bytes(config, spec) * models * section.merged, section.dtype)
+
+
+def vae_checkpoint_bytes(spec: ModelSpec) -> int:
+    """One checkpoint of `train-vae`: the decoder's weights, two moments and average in float32. A discriminator is too small to count."""
+    trained = sum(prod(shape) for name, shape in spec.shapes("vae").items() if name.startswith(("decoder.", "post_quant_conv.")))
+    return 4 * trained * DTYPE_BYTES["float32"]
+
+
+def vae_export_bytes(config: Config, spec: ModelSpec) -> int:
+    """What `train-vae` exports: the autoencoder alone, and a whole model with it if that is asked for."""
+    return spec.num_parameters("vae") * DTYPE_BYTES[config.export.dtype] + export_bytes(config, spec) * config.export.single_file
 
 
 def views_per_picture(config: Config) -> int:
@@ -46,12 +59,12 @@ def cache_bytes_per_picture(config: Config, spec: ModelSpec) -> int:
     sides = (height // PX_PER_LATENT, width // PX_PER_LATENT)
     latent: int = 2 * prod((spec.unet["in_channels"], *sides)) * DTYPE_BYTES[config.cache.latent_dtype]
     text: int = TOKENS * spec.unet["cross_attention_dim"] + spec.text_encoder_2["projection_dim"]
-    texts = 0 if encodes_online(config.captions) else config.captions.variants
+    texts = 0 if renders_online(config) else config.captions.variants
     return views_per_picture(config) * latent + texts * text * DTYPE_BYTES[config.cache.text_dtype]
 
 
 def snapshot_bytes(config: Config, spec: ModelSpec) -> int:
-    """One snapshot of the power averages: of a UNet what changed, of an adapter all of it."""
+    """One snapshot of the power averages: of whole weights what changed, of an adapter all of it."""
     dtype = "float16" if config.adapter.kind == "none" else "float32"
     return num_trained(config, spec) * DTYPE_BYTES[dtype] * len(config.ema.power_stds)
 

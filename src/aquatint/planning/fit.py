@@ -26,11 +26,11 @@ from aquatint.planning.memory import (
     training,
 )
 from aquatint.planning.shapes import largest_bucket
-from aquatint.planning.trained import num_frozen, num_trained, unet_dtype, weight_dtype
+from aquatint.planning.trained import num_trained, weight_dtype
 
 ENCODING = ("encoding pictures",)
 NOTABLY_LESS = 0.95
-ALMOST = 0.98  # activations grow with the batch a trifle less than in proportion
+ALMOST = 0.99  # activations grow with the batch by as much for each picture, but for a trifle
 ONE_PICTURE = {"training.batch_size": 1, "training.accumulation_steps": 1}
 SMALLER = Level({"buckets.resolution": 768}, 100, "smaller pictures")
 LORA = Level({"adapter.kind": "lora"}, 100, "a LoRA instead of the whole UNet, with a learning rate of 1e-4")
@@ -174,24 +174,21 @@ class Search:
         return self._fitting_steps[key]
 
     def _least_bytes(self, config: Config) -> int:
-        """What the steps take at least: what stays, all gradients if they wait, and more than a batch of 1 does."""
+        """What the steps take at least: what stays, all gradients if they wait, and as much more as batches of 1 and 2 tell."""
         section = config.training
         waiting = not section.fused_backward or section.accumulation_steps > 1
         gradients = num_trained(config, self.spec) * DTYPE_BYTES[weight_dtype(config)] * waiting
         stays = sum(part.bytes for part in step_parts(config, self.spec))
-        if stays + gradients > self.room or section.batch_size == 1:
+        if stays + gradients > self.room or section.at_once == 1:
             return stays + gradients
-        alone = with_changes(config, {"training.batch_size": 1})
-        one = self.tracer.step(alone, self.size_hw)
-        copied = num_trained(config, self.spec) + (num_frozen(config, self.spec) if unet_dtype(config) == "float32" else 0)
-        copies = copied * DTYPE_BYTES["bfloat16"] if section.precision == "bf16_mixed" else 0
-        each = max(0, one.activations - (0 if section.gradient_checkpointing else copies))
-        return stays + max(one.peak, int(ALMOST * each * section.batch_size))
+        one, two = (self.tracer.step(with_changes(config, {"training.batch_size": size}), self.size_hw) for size in (1, 2))
+        activations = one.activations + (section.at_once - 1) * (two.activations - one.activations)
+        return stays + max(one.peak, int(ALMOST * activations))
 
     def _samples(self, config: Config) -> bool:
         if not makes_samples(config):
             return True
-        key = repr((config.samples, config.optimizer, config.ema, config.training.precision))
+        key = repr((config.samples, config.optimizer, config.ema, config.training.precision, config.text_encoders))
         if key not in self._fitting_samples:
             stays = sum(part.bytes for part in step_parts(config, self.spec))
             self._fitting_samples[key] = stays <= self.room and sampling(config, self.spec, self.tracer).bytes <= self.room
@@ -210,7 +207,7 @@ class Search:
     def _is_extreme(self, changes: Changes) -> bool:
         """Whether all pictures of a step go through at once, or one at a time: between them there is nothing to gain."""
         section = with_changes(self.config, changes).training
-        return section.accumulation_steps == 1 or section.batch_size == 1
+        return section.accumulation_steps == 1 or section.at_once == 1
 
 
 def beyond(found: Fit, spec: ModelSpec, tracer: Tracer) -> Iterator[Help]:

@@ -13,6 +13,7 @@ from aquatint.config.template import Preset, flatten, render
 from aquatint.config.words import find_setting
 from aquatint.errors import UsageError
 from aquatint.models.sdxl.model import ModelSpec
+from aquatint.planning.batch import is_open, largest_batch_size, with_batch_size
 from aquatint.planning.fit import Fit, beyond, fit, helps
 from aquatint.planning.knobs import changes_text, value_text
 from aquatint.planning.memory import GIB, MemoryPlan, Tracer, gib, plan_memory
@@ -31,9 +32,13 @@ def parse_size(text: str) -> int:
 
 def vram_text(config: Config, spec: ModelSpec, limit: int, tracer: Tracer | None = None) -> str:
     """Whether each phase fits into `limit` bytes, and the cheapest setting that makes all of them fit. Raises UsageError."""
-    tracer = tracer or Tracer(spec)
+    tracer, found = tracer or Tracer(spec), []
+    if is_open(config):
+        config = with_batch_size(config, largest_batch_size(config, spec, limit, tracer))
+        section = config.training
+        found = [f'  `training.batch_size = "auto"` would be {section.batch_size}, {section.accumulation_steps} times a step']
     plan = plan_memory(config, spec, tracer)
-    lines = [f"{_whose(plan)} of `{config.run.name}`, of {gib(limit)}", *(f"  {line}" for line in phase_lines(plan, limit))]
+    lines = [f"{_whose(plan)} of `{config.run.name}`, of {gib(limit)}", *found, *(f"  {line}" for line in phase_lines(plan, limit))]
     if plan.needed <= limit:
         return "\n".join(lines) + "\n"
     return "\n".join([*lines, "", "to make it fit, the cheapest first:", *_help_lines(config, spec, limit, tracer)]) + "\n"
@@ -134,5 +139,6 @@ def _written_values(config: Config) -> dict[str, Any]:
 def plan_to_fit(config: Config, spec: ModelSpec, limit: int) -> tuple[str, str]:
     """What to change so that a run fits, as a text and as a config file. Raises UsageError if nothing fits."""
     tracer = Tracer(spec)
+    config = with_batch_size(config, config.training.per_step) if is_open(config) else config
     found = fit(config, spec, limit, tracer)
     return fit_text(found, config, spec, tracer), fitted_config(found, config)

@@ -13,7 +13,7 @@ from typing import Any
 from aquatint.config.schema import Config
 from aquatint.data.buckets import MIN_AREA_SHARE
 from aquatint.planning.disk import views_per_picture
-from aquatint.planning.memory import Tracer, makes_samples
+from aquatint.planning.memory import Tracer, has_average, makes_samples
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number
 from aquatint.planning.shapes import largest_bucket
 from aquatint.planning.trained import unet_dtype
@@ -82,7 +82,7 @@ def forecast_lines(config: Config, tracer: Tracer, plan: StepPlan, num_pictures:
     """
     size_hw, folder = largest_bucket(config), config.run.folder / config.run.name
     work = plan_work(config, tracer, size_hw, plan)
-    lines = work_lines(work, size_hw, recomputes=config.training.gradient_checkpointing)
+    lines = work_lines(work, size_hw, recomputes=config.training.gradient_checkpointing is True)
     speed = measured_speed(read_timings(folder / "timings.jsonl"))
     if speed is not None:
         return [*lines, "", *speed_lines(speed, work, folder)]
@@ -93,7 +93,7 @@ def forecast_lines(config: Config, tracer: Tracer, plan: StepPlan, num_pictures:
 
 def plan_work(config: Config, tracer: Tracer, size_hw: tuple[int, int], plan: StepPlan) -> Work:
     """What training computes, every sample taken as one of the largest bucket, with a caption of one chunk."""
-    cost, batch_size = tracer.step(config, size_hw), config.training.batch_size
+    cost, batch_size = tracer.step(config, size_hw), config.training.at_once
     return Work(cost.forward_flops / batch_size, cost.flops / batch_size, plan.samples_per_step, plan.steps)
 
 
@@ -105,8 +105,8 @@ def plan_extras(config: Config, tracer: Tracer, size_hw: tuple[int, int], work: 
     if config.validation.every is not None:
         held_out, levels = validation_pictures(config, num_pictures, apart), config.validation.timesteps
         known = config.validation.train_pictures if apart or config.validation.share else 0
-        pictures = held_out * (2 if config.ema.enabled else 1) + known
-        twice = " × 2 (average and raw)" if config.ema.enabled else ""
+        pictures = held_out * (2 if has_average(config) else 1) + known
+        twice = " × 2 (average and raw)" if has_average(config) else ""
         beside = f" + {known} trained ones" if known else ""
         how = f"({count(held_out, 'picture')}{twice}{beside}) × {count(levels, 'noise level')} × {tflop(work.forward)}"
         extras.append(Extra("each validation", how, pictures * levels * work.forward))

@@ -9,7 +9,7 @@ from math import prod
 from aquatint.config.check import Finding
 from aquatint.config.schema import Config
 from aquatint.models.adapter_shapes import NAME
-from aquatint.models.sdxl.shapes import Shape
+from aquatint.models.sdxl.shapes import Shape, is_text
 from aquatint.optim.groups import GroupSettings, first_fit, fits
 
 MAX_SUGGESTED = 3
@@ -29,18 +29,19 @@ def group_of(config: Config, names: Collection[str]) -> dict[str, int]:
     return {name: found[matched_name(name)] for name in names if matched_name(name) in found}
 
 
-def settings_of(config: Config, index: int | None) -> GroupSettings:
-    """How the tensors of a group are trained, or with None those of no group."""
+def settings_of(config: Config, index: int | None, *, text: bool = False) -> GroupSettings:
+    """How the tensors of a group are trained, or with None those of no group, which for `text` encoders is a way of their own."""
     usual = config.optimizer.weight_decay
     if index is None:
-        return GroupSettings(1.0, usual)
+        return GroupSettings(config.text_encoders.learning_rate_factor if text else 1.0, usual)
     group = config.training.groups[index]
     return GroupSettings(group.learning_rate_factor, usual if group.weight_decay is None else group.weight_decay)
 
 
 def own_settings(config: Config, names: Collection[str]) -> dict[str, GroupSettings]:
-    """What `training.groups` asks for of those tensors that a group fits."""
-    return {name: settings_of(config, index) for name, index in group_of(config, names).items()}
+    """What is asked for of those tensors that a group fits, and of all others of text encoders."""
+    groups = group_of(config, names)
+    return {name: settings_of(config, groups.get(name), text=is_text(name)) for name in names if name in groups or is_text(name)}
 
 
 def frozen_names(config: Config, names: Collection[str]) -> frozenset[str]:
@@ -53,7 +54,8 @@ def group_findings(config: Config, trainable: Collection[str]) -> Iterator[Findi
     groups, names = config.training.groups, {matched_name(name) for name in trainable}
     unknown = [(index, one) for index, group in enumerate(groups) for one in group.match if not any(fits(name, one) for name in names)]
     for index, pattern in unknown:
-        what = "the UNet" if config.adapter.kind == "none" else "the layers that have an adapter"
+        whole = "the UNet or a trained text encoder" if config.text_encoders.train else "the UNet"
+        what = whole if config.adapter.kind == "none" else "the layers that have an adapter"
         yield Finding((f"training.groups.{index}.match",), f'"{pattern}" fits no tensor of {what}', suggestion(pattern, nameable(names)))
     used = {*group_of(config, trainable).values(), *(index for index, _ in unknown)}
     for index in sorted(set(range(len(groups))) - used):
@@ -82,26 +84,27 @@ def suggestion(pattern: str, known: Sequence[str]) -> str:
 
 
 def block_of(name: str) -> str:
-    """The block of a tensor: `conv_in`, `down_blocks.0`, `mid_block` and so on."""
+    """The block of a tensor: `conv_in`, `down_blocks.0`, `mid_block` and so on, or the text encoder that it is of."""
     first, second = name.split(".")[:2]
     return f"{first}.{second}" if second.isdecimal() else first
 
 
 def table(config: Config, shapes: Mapping[str, Shape]) -> list[str]:
-    """How each block is trained, in columns; a block that several groups share has several rows. Without groups, one row for everything.
+    """How each block is trained, in columns; a block that several groups share has several rows.
 
-    The decay is that of matrices and convolutions: norms and biases have none.
+    Without groups, there is one row for everything, or one for each network if text encoders are trained. The decay is that of
+    matrices and convolutions: norms and biases have none.
     """
     groups = group_of(config, shapes)
     sizes: dict[tuple[str, int | None], list[int]] = {}
     for name, shape in shapes.items():
-        block = block_of(name) if config.training.groups else "everything"
+        block = block_of(name) if config.training.groups or is_text(name) else "the UNet" if config.text_encoders.train else "everything"
         sizes.setdefault((block, groups.get(name)), []).append(prod(shape))
     return in_columns([COLUMNS, *(_cells(config, block, index, found) for (block, index), found in sizes.items())])
 
 
 def _cells(config: Config, block: str, index: int | None, sizes: Sequence[int]) -> tuple[str, ...]:
-    settings, learning_rate = settings_of(config, index), config.optimizer.learning_rate
+    settings, learning_rate = settings_of(config, index, text=is_text(block)), config.optimizer.learning_rate
     rates = ("frozen", "") if settings.is_frozen else (f"{learning_rate * settings.factor:g}", f"{settings.weight_decay:g}")
     return (block, f"{len(sizes):,}", f"{sum(sizes):,}", *rates, "" if index is None else " ".join(config.training.groups[index].match))
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from aquatint.config.schema import Config
 from aquatint.config.sections.fields import NEVER
+from aquatint.config.sections.library_optimizers import LIBRARY_NAMES, OWN_RATE
+from aquatint.config.sections.methods import TextEncodersSection
 from aquatint.config.template import to_toml
+from aquatint.models.sdxl.shapes import is_text
 from aquatint.planning.memory import makes_samples
 from aquatint.planning.shapes import sample_size
 
@@ -80,9 +83,36 @@ def _optimizer(config: Config) -> tuple[Level, ...]:
     return tuple(found)
 
 
+def _optimizer_state(config: Config) -> tuple[Level, ...]:
+    """Of a whole UNet: beside an adapter it is small, and Adafactor's always is."""
+    if config.adapter.kind != "none" or config.optimizer.name == "adafactor" or config.memory.optimizer_state == "cpu":
+        return ()
+    cost = 30 if config.optimizer.name == "adamw8bit" else 60
+    return (Level({"memory.optimizer_state": "cpu"}, cost, "moments in main memory: each step moves all of them there and back"),)
+
+
+def _frozen(config: Config) -> tuple[Level, ...]:
+    """Of a UNet that an adapter is beside: fewer bits, and then its blocks in main memory."""
+    if config.adapter.kind == "none":
+        return ()
+    int8, nf4, waiting = {"memory.frozen_format": "int8"}, {"memory.frozen_format": "nf4"}, {"memory.swapped_blocks": 1.0}
+    few, fewer, slower = "frozen weights in 8 bits", "frozen weights in 4 bits", "and in main memory: slower steps"
+    levels = (
+        Level(int8, 8, few), Level(nf4, 15, fewer), Level({**int8, **waiting}, 40, f"{few}, {slower}"),
+        Level({**nf4, **waiting}, 45, f"{fewer}, {slower}"),
+    )  # fmt: skip
+    now = {"memory.frozen_format": config.memory.frozen_format, "memory.swapped_blocks": config.memory.swapped_blocks}
+    rank = ("own", "int8", "nf4").index
+    return tuple(
+        level
+        for level in levels
+        if {**now, **level.changes} != now and rank(level.changes["memory.frozen_format"]) >= rank(config.memory.frozen_format)
+    )
+
+
 def _batch(config: Config) -> tuple[Level, ...]:
     """Other ways to the same number of pictures per step: larger batches are no slower, smaller ones cost with each halving."""
-    own, whole = config.training.batch_size, config.training.batch_size * config.training.accumulation_steps
+    own, whole = config.training.at_once, config.training.per_step
     sizes = [size for size in range(1, whole + 1) if whole % size == 0 and size != own and size <= max(own, LARGEST_BATCH)]
     found = []
     for size in sizes:
@@ -103,16 +133,28 @@ def _average(config: Config) -> tuple[Level, ...]:
 
 
 def _checkpointing(config: Config) -> tuple[Level, ...]:
-    level = Level({"training.gradient_checkpointing": True}, 26, "about a quarter more time")
-    return () if config.training.gradient_checkpointing else (level,)
+    """What is pointwise is quickly computed again, but waits for memory and takes time to start."""
+    now = config.training.gradient_checkpointing
+    pointwise = Level({"training.gradient_checkpointing": "pointwise"}, 4, "a few per cent more time")
+    whole = Level({"training.gradient_checkpointing": True}, 26, "about a quarter more time")
+    return () if now is True else (whole,) if now else (pointwise, whole)
 
 
 def _precision(config: Config) -> tuple[Level, ...]:
     """A frozen UNet is in bf16 already, and bf16 weights need an optimizer that rounds with care."""
     if config.training.precision == "bf16_pure" or config.adapter.kind != "none":
         return ()
-    optimizer = {"optimizer.name": "adamw_bf16"} if config.optimizer.name == "adamw" else {}
+    optimizer = {"optimizer.name": "adamw_bf16"} if config.optimizer.name in ("adamw", *LIBRARY_NAMES) else {}
     return (Level({"training.precision": "bf16_pure", **optimizer}, 20, "weights in bf16: small updates are rounded by chance"),)
+
+
+def _text_encoders(config: Config) -> tuple[Level, ...]:
+    """The UNet alone, unless a group is about a text encoder: it would fit nothing."""
+    section, usual = config.text_encoders, TextEncodersSection()
+    if not section.train or any(is_text(pattern) for group in config.training.groups for pattern in group.match):
+        return ()
+    changes = {f"text_encoders.{name}": value for name, value in usual.model_dump().items() if getattr(section, name) != value}
+    return (Level(changes, 40, "the text encoders stay as they are"),)
 
 
 STEPS = ("training", "validating")
@@ -123,21 +165,25 @@ KNOBS = (
     Knob("sample pictures", _sample_pictures, ("making sample pictures",)),
     Knob("step inside the backward pass", fused_backward, STEPS),
     Knob("batch and accumulation", _batch, STEPS),
+    Knob("text encoders", _text_encoders, WEIGHTS),
     Knob("moving average", _average, WEIGHTS),
     Knob("precision of weights", _precision, WEIGHTS),
     Knob("optimizer", _optimizer, WEIGHTS),
+    Knob("place of the optimizer's state", _optimizer_state, WEIGHTS),
+    Knob("frozen weights", _frozen, WEIGHTS),
     Knob("gradient checkpointing", _checkpointing, STEPS),
 )
 """In the order in which changes are put together: an optimizer that was chosen stands above the one that a precision brings along."""
 
 
 def with_changes(config: Config, changes: Changes) -> Config:
-    """The config with some settings changed. Another optimizer starts from its own defaults, but for the learning rate."""
+    """The config with some settings changed. Another optimizer starts from its own defaults, but for a rate that means the same."""
     values = config.model_dump()
     for key, value in changes.items():
         section, name = key.split(".")
         if key == "optimizer.name" and values["optimizer"]["name"] != value:
-            values["optimizer"] = {"learning_rate": values["optimizer"]["learning_rate"]}
+            same = {} if values["optimizer"]["name"] in OWN_RATE else {"learning_rate": values["optimizer"]["learning_rate"]}
+            values["optimizer"] = same
         values[section][name] = value
     return Config.model_validate(values)
 

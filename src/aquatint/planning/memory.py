@@ -14,11 +14,31 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aquatint.config.check import encodes_online
 from aquatint.config.schema import Config
+from aquatint.config.text_rules import trains_text
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.optim.sizes import state_bytes
-from aquatint.planning.groups import frozen_names
+from aquatint.planning.kept import (
+    DTYPE_BYTES,
+    compact_layers_of,
+    frozen_bytes,
+    frozen_of_groups,
+    half_frozen,
+    made_bytes,
+    optimizer_room_bytes,
+    swap_room_bytes,
+    swapped_bytes,
+)
 from aquatint.planning.shapes import largest_bucket, sample_size
-from aquatint.planning.trained import adapter_spec, num_frozen, num_trained, trained_shapes, unet_dtype, weight_dtype
+from aquatint.planning.trained import (
+    adapter_spec,
+    num_frozen,
+    num_frozen_text,
+    num_trained,
+    trained_encoders,
+    trained_shapes,
+    unet_dtype,
+    weight_dtype,
+)
 
 if TYPE_CHECKING:
     from aquatint.planning.trace import PassCost, StepCost
@@ -26,12 +46,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GIB = 1 << 30
 FLOAT32_BYTES = 4
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE_BATCH = 8  # prompts that are sampled at once
 OUTSIDE_BYTES = 3 * GIB // 2  # driver, libraries, and room that the allocator cannot use: a guess on the safe side
 PROCESS_BYTES = 6 * GIB // 10  # of main memory: Python, torch, diffusers and transformers, and what they take for themselves
 UPDATE_BYTES = {  # of temporary tensors while a weight is stepped on a GPU by plain torch, per element: bfloat16 weights, float32 ones
-    "adamw": (0, 0), "adamw_bf16": (30, 20), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (30, 24),
+    "adamw": (0, 0), "adamw_bf16": (30, 20), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (34, 24),
+    "muon": (12, 12), "schedule_free": (4, 4), "prodigy": (4, 4), "lion": (4, 4), "came": (8, 8), "torch_adafactor": (4, 4),
+    "bnb_adamw8bit": (0, 0), "bnb_paged_adamw8bit": (0, 0), "bnb_lion8bit": (0, 0),
+    "torchao_adamw8bit": (32, 32), "torchao_adamw4bit": (32, 32), "torchao_adamw_fp8": (32, 32),  # as not compiled: the most it can be
 }  # fmt: skip
 KAHAN_BYTES = 40
 CARD_GIB = (8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180)
@@ -101,10 +123,12 @@ class Tracer:
         training = config.training
         settings = {
             "dtype": getattr(torch, unet_dtype(config)), "autocast": training.precision == "bf16_mixed", "size_hw": size_hw,
-            "checkpointing": training.gradient_checkpointing, "batch_size": training.batch_size,
+            "checkpointing": training.gradient_checkpointing, "batch_size": training.at_once,
             "accumulating": training.accumulation_steps > 1, "fused_backward": training.fused_backward,
             "adapter": adapter_spec(config), "adapter_dtype": getattr(torch, weight_dtype(config)),
-            "frozen": frozen_names(config, self.spec.shapes("unet")), "on_gpu": on_gpu(config),
+            "frozen": frozen_of_groups(config, self.spec), "halved": half_frozen(config, self.spec),
+            "compact": (tuple(compact_layers_of(config, self.spec)), config.memory.frozen_format),
+            "texts": trained_encoders(config), "kernels": config.speed.kernels, "on_gpu": on_gpu(config),
         }  # fmt: skip
         cost = self._once(trace_step, settings)
         if training.fused_backward:
@@ -119,7 +143,7 @@ class Tracer:
 
         from aquatint.planning.trace import trace_unet
 
-        settings = {"dtype": getattr(torch, unet_dtype(config)), "batch_size": config.training.batch_size, "size_hw": size_hw}
+        settings = {"dtype": getattr(torch, unet_dtype(config)), "batch_size": config.training.at_once, "size_hw": size_hw}
         return self._once(trace_unet, settings)
 
     def denoise(self, config: Config) -> PassCost:
@@ -159,8 +183,9 @@ def plan_memory(config: Config, spec: ModelSpec, tracer: Tracer | None = None) -
     """The memory of every phase of a run. `tracer` can be shared by plans of the same model. Raises UsageError."""
     tracer = tracer or Tracer(spec)
     size_hw = largest_bucket(config)
-    phases = [_encoding_captions(spec), encoding_pictures(config, spec, tracer, size_hw), training(config, spec, tracer, size_hw)]
-    if not on_gpu(config) and config.ema.enabled and config.validation.every is not None:
+    captions = [] if trains_text(config) else [_encoding_captions(spec)]
+    phases = [*captions, encoding_pictures(config, spec, tracer, size_hw), training(config, spec, tracer, size_hw)]
+    if not on_gpu(config) and has_average(config) and config.validation.every is not None:
         phases.append(_validating(config, spec, tracer, size_hw))
     if makes_samples(config):
         phases.append(sampling(config, spec, tracer))
@@ -192,13 +217,18 @@ def makes_samples(config: Config) -> bool:
     return config.samples.every is not None and bool(config.samples.prompts)
 
 
+def has_average(config: Config) -> bool:
+    """Whether an average of the weights is looked at: a moving one, or that of schedule-free training, which is no more memory."""
+    return config.ema.enabled or config.optimizer.name == "schedule_free"
+
+
 def state_parts(config: Config, spec: ModelSpec) -> tuple[Part, Part, Part]:
     """Trained weights, optimizer state and moving average, wherever they live: what a checkpoint holds."""
     dtype, parameters = weight_dtype(config), num_trained(config, spec)
     name = "weights" if config.adapter.kind == "none" else "adapter weights"
     weights = Part(name, parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
     settings = config.optimizer.model_dump(exclude={"name"})
-    state = state_bytes(config.optimizer.name, trained_shapes(config, spec).values(), DTYPE_BYTES[dtype], **settings)
+    state = state_bytes(config.optimizer.name, trained_shapes(config, spec), DTYPE_BYTES[dtype], **settings)
     optimizer = Part("optimizer state", state, config.optimizer.name)
     count = 1 + len(config.ema.power_stds) if config.ema.enabled else 0
     average = Part("moving average", parameters * FLOAT32_BYTES * count, f"{count} of them, float32" if count > 1 else "float32")
@@ -209,8 +239,18 @@ def resident_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
     """What stays in memory from step to step."""
     weights, optimizer, average = state_parts(config, spec)
     has_average = config.ema.enabled and (config.ema.device == "model" or not on_gpu(config))
-    trained = (weights, optimizer, average) if has_average else (weights, optimizer)
+    if config.memory.optimizer_state == "cpu":
+        room = Part("room for optimizer state", optimizer_room_bytes(config, spec), "the rest is in main memory")
+        optimizers = (room,) if on_gpu(config) else (optimizer, room)
+    else:
+        optimizers = (optimizer,)
+    trained = (weights, *optimizers, *((average,) if has_average else ()))
     frozen = (frozen_part(config, spec),) if num_frozen(config, spec) else ()
+    if config.memory.swapped_blocks:
+        frozen += swapped_parts(config, spec)
+    if texts := num_frozen_text(config, spec):
+        dtype = unet_dtype(config)
+        frozen += (Part("frozen text encoders", texts * DTYPE_BYTES[dtype], f"{texts / 1e6:,.0f} million, {dtype}"),)
     has_prior = config.diffusion.mask_prior_weight > 0 and config.adapter.kind == "none"  # an adapter is beside what it needs
     return (*frozen, *trained, *((_prior_part(config, spec),) if has_prior else ()))
 
@@ -219,7 +259,16 @@ def frozen_part(config: Config, spec: ModelSpec) -> Part:
     """The UNet that an adapter is beside, or what groups freeze of it: no gradients, no state, no average."""
     dtype, parameters, is_whole = unet_dtype(config), num_frozen(config, spec), config.adapter.kind != "none"
     name = "frozen UNet" if is_whole else "frozen weights"
-    return Part(name, parameters * DTYPE_BYTES[dtype], f"{parameters / 1e6:,.0f} million, {dtype}")
+    how = f"{dtype} and {config.memory.frozen_format}" if config.memory.frozen_format != "own" else dtype
+    how += " and bfloat16" if half_frozen(config, spec) else ""
+    return Part(name, frozen_bytes(config, spec), f"{parameters / 1e6:,.0f} million, {how}")
+
+
+def swapped_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
+    """What frozen blocks take that wait in main memory: room for two of them, and on a CPU all of them beside it."""
+    blocks = swapped_bytes(config, spec)
+    room = Part("room for two frozen blocks", swap_room_bytes(config, spec), f"{len(blocks)} of them are in main memory")
+    return (room,) if on_gpu(config) else (room, Part("frozen blocks that wait", sum(blocks), ""))
 
 
 def _prior_part(config: Config, spec: ModelSpec) -> Part:
@@ -230,7 +279,8 @@ def _prior_part(config: Config, spec: ModelSpec) -> Part:
 
 def step_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
     """What is in memory during a step beside gradients and activations."""
-    return (*resident_parts(config, spec), *(_encoding_captions(spec).parts if encodes_online(config.captions) else ()))
+    is_beside = encodes_online(config.captions) and not trains_text(config)
+    return (*resident_parts(config, spec), *(_encoding_captions(spec).parts if is_beside else ()))
 
 
 def training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
@@ -252,6 +302,7 @@ def sampling(config: Config, spec: ModelSpec, tracer: Tracer) -> Phase:
     at_once = min(SAMPLE_BATCH, len(config.samples.prompts))
     is_half = unet_dtype(config) == "bfloat16" or config.training.precision == "bf16_mixed"
     denoise = ceil(tracer.denoise(config).peak * at_once * (0.5 if is_half else 1)) + _half_copies(config, spec)
+    denoise += made_bytes(config, spec)
     work = Part("work space", max(denoise, tracer.decode(config).peak), f"{at_once} at once")
     return Phase("making sample pictures", (*resident_parts(config, spec), *_set_aside(config, spec), vae, work))
 
@@ -264,12 +315,12 @@ def _half_copies(config: Config, spec: ModelSpec) -> int:
 def _set_aside(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
     """The trained weights, which are kept in main memory while the average is in their place."""
     weights = state_parts(config, spec)[0]
-    return (Part("weights set aside", weights.bytes, weight_dtype(config)),) if config.ema.enabled and not on_gpu(config) else ()
+    return (Part("weights set aside", weights.bytes, weight_dtype(config)),) if has_average(config) and not on_gpu(config) else ()
 
 
 def _validating(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int, int]) -> Phase:
     """Less than a step on a GPU, where no weights are set aside, and so of interest on a CPU alone."""
-    work = Part("work space", tracer.validate(config, size_hw).peak + _half_copies(config, spec), f"{config.training.batch_size} at once")
+    work = Part("work space", tracer.validate(config, size_hw).peak + _half_copies(config, spec), f"{config.training.at_once} at once")
     return Phase("validating", (*resident_parts(config, spec), *_set_aside(config, spec), work))
 
 

@@ -11,11 +11,13 @@ from aquatint.data.downloads import is_url, public_name
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.planning import groups
+from aquatint.planning.batch import is_open, with_batch_size
 from aquatint.planning.disk import plan_disk
 from aquatint.planning.fit import Help, mild_helps
 from aquatint.planning.forecast import forecast_lines
 from aquatint.planning.knobs import changes_text
-from aquatint.planning.memory import MemoryPlan, Part, Tracer, gib, on_gpu, plan_memory, state_parts
+from aquatint.planning.main_memory import MainMemory, machine_bytes, plan_main_memory, shortage
+from aquatint.planning.memory import MemoryPlan, Part, Tracer, gib, plan_memory
 from aquatint.planning.schedule import StepPlan, count, expected_held_out, number, plan_steps
 from aquatint.planning.sources import is_remote, list_source, repeats_of, sources_of
 from aquatint.planning.trained import check_groups, trainable_shapes
@@ -27,15 +29,20 @@ def plan_text(config: Config) -> str:
     """Everything that can be known beforehand. Needs neither weights nor a GPU. Raises UsageError for an unusable base."""
     spec, remark = find_spec(config)
     check_groups(config, spec)
+    remarks = [remark] if remark else []
+    if is_open(config):
+        config = with_batch_size(config, 1)
+        remarks.append('`training.batch_size = "auto"`: this is for one picture at a time, and `--vram 24GiB` says how many a card takes')
     pictures = [0 if is_remote(source) else list_source(source).num_pictures for source in sources_of(config)]
     tracer, steps = Tracer(spec), plan_of_steps(config, pictures)
     total, apart = sum(pictures), pictures_of(config, pictures, "validation")
     memory, least = plan_memory(config, spec, tracer), list(mild_helps(config, spec, tracer))
     blocks = [
-        [f"Plan of `{config.run.name}`", *([remark] if remark else [])],
+        [f"Plan of `{config.run.name}`", *remarks],
         ["Steps", *steps_lines(config, pictures, steps)],
         ["What is trained", *groups.table(config, trainable_shapes(config, spec))],
-        [place(memory), *memory_lines(memory, config.training.batch_size), *elsewhere_lines(config, spec), *saving_lines(least)],
+        [place(memory), *memory_lines(memory, config.training.at_once), *saving_lines(least)],
+        [all_in_all(memory), *main_memory_lines(plan_main_memory(config, spec, memory), machine_bytes())],
         ["Time", *(forecast_lines(config, tracer, steps, total, apart) if steps else ["unknown without pictures"])],
         ["Disk", *table(plan_disk(config, spec, total, steps))],
     ]
@@ -77,7 +84,7 @@ def plan_of_steps(config: Config, pictures: Sequence[int]) -> StepPlan | None:
         return None
     samples = max(1, round(sum(found * times for found, times in zip(counts, repeats_of(config, counts), strict=True))))
     training = config.training
-    return plan_steps(samples, training.batch_size, training.accumulation_steps, training.length)
+    return plan_steps(samples, training.at_once, training.accumulation_steps, training.length)
 
 
 def steps_lines(config: Config, pictures: Sequence[int], steps: StepPlan | None) -> list[str]:
@@ -121,11 +128,17 @@ def place(plan: MemoryPlan) -> str:
     return "GPU memory" if plan.on_gpu else "Main memory"
 
 
-def elsewhere_lines(config: Config, spec: ModelSpec) -> list[str]:
-    """What a run on a GPU keeps in main memory."""
-    if not (on_gpu(config) and config.ema.enabled and config.ema.device == "cpu"):
-        return []
-    return [f"in main memory: the moving average, {gib(state_parts(config, spec)[2].bytes)}"]
+def all_in_all(plan: MemoryPlan) -> str:
+    """What main memory is called where the run itself may be in it."""
+    return "Main memory" if plan.on_gpu else "Main memory, all in all"
+
+
+def main_memory_lines(found: MainMemory, machine: int | None) -> list[str]:
+    """What is in main memory at its fullest, and whether a machine with so much will do."""
+    copy = f"; {gib(found.copy)} more, where they are free, hold what is saved while training goes on" if found.copy else ""
+    lines = [*table(found.parts), f"together {gib(found.bytes)}{copy}"]
+    lack = shortage(found, machine)
+    return [*lines, f"warning: {lack}"] if lack else lines
 
 
 def saving_lines(found: Sequence[Help]) -> list[str]:

@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aquatint.models.sdxl.model import ModelSpec, build_unet, build_vae, decode_latents, predict
+from aquatint.models.sdxl.model import (
+    ModelSpec,
+    build_text_encoders,
+    build_unet,
+    build_vae,
+    count_positions,
+    decode_latents,
+    predict,
+)
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, TextEncoder
 
 if TYPE_CHECKING:
     import torch
 
     from aquatint.models.adapter_shapes import AdapterSpec
+    from aquatint.models.frozen_shapes import Format
+    from aquatint.models.recompute import Recompute
 
 TOKENS = 77
 PX_PER_LATENT = 8
@@ -127,7 +138,7 @@ def trace_step(
     *,
     dtype: torch.dtype,
     autocast: bool,
-    checkpointing: bool,
+    checkpointing: Recompute,
     batch_size: int,
     size_hw: tuple[int, int],
     accumulating: bool = False,
@@ -136,29 +147,44 @@ def trace_step(
     adapter: AdapterSpec | None = None,
     adapter_dtype: torch.dtype | None = None,
     frozen: Collection[str] = (),
+    halved: Collection[str] = (),
+    compact: tuple[Sequence[str], Format] = ((), "own"),
+    texts: Collection[TextEncoder] = (),
+    kernels: bool = False,
     on_gpu: bool = True,
 ) -> StepCost:
     """One training pass of the UNet on pictures of `size_hw` pixels; with `adapter`, of that beside the frozen UNet.
 
-    `frozen` names weights of the UNet that are not trained.
+    `frozen` names weights that are not trained. With `texts`, which are trained, a caption for each picture is encoded in the pass.
+
+    `halved`: weights in bf16, whatever the others are. `compact`: layers whose weights are made when they are needed, and of what.
 
     `accumulating`: the gradients of an earlier pass are there already. `fused_backward`: each is freed as soon as it is complete.
-    `on_gpu`: autocast computes norms in float32.
+    `kernels`: norms and GEGLU are our own. `on_gpu`: autocast computes other norms in float32.
     """
     import torch
 
+    from aquatint.models.frozen import freeze_compactly, halve
+    from aquatint.models.recompute import recompute
+
     unet: Any = build_unet(spec)  # outside of the mode, in which it takes seven times as long
+    encoders = build_text_encoders(spec) if texts else ()
     with _fake():
+        _join(unet, encoders, texts, dtype)
         with_fake_weights(unet, dtype).train()
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
+        recompute(unet, checkpointing)
+        freeze_compactly(unet, *compact, dtype)
+        halve(unet, halved)
         if adapter is not None:
             _adapt(unet, adapter, adapter_dtype or dtype, norms_in_float32=autocast and on_gpu)
         for name in frozen:
             unet.get_parameter(name).requires_grad_(False)
+        if kernels:
+            _use_kernels(unet, lean=not checkpointing)
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
-        tally = Tally(unet.parameters())
+        tally = Tally(weight for module in (unet, *encoders) for weight in (*module.parameters(), *module.buffers()))
         inputs = _unet_inputs(spec, batch_size, size_hw, num_tokens)
+        ids = torch.zeros(batch_size * num_tokens // TOKENS, TOKENS, dtype=torch.int64)
         with tally.counting(), _norms_in_float32(unet, autocast and on_gpu):
             if accumulating:
                 for weight in weights:
@@ -167,10 +193,41 @@ def trace_step(
             if fused_backward:
                 updates = free_gradients(weights, tally)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output = predict(unet, *inputs)
+                output = predict(unet, *(_told(inputs, encoders, ids, num_tokens) if encoders else inputs))
             activations, forward_flops = tally.now - gradients, tally.flops
             output.square().mean().backward()
         return StepCost(activations, tally.peak, forward_flops, tally.flops, tuple(updates))
+
+
+def _use_kernels(unet: Any, *, lean: bool) -> None:
+    from aquatint.models.sdxl.speed import use_channels_last, use_kernels
+
+    use_channels_last(unet)
+    use_kernels(unet, lean=lean)
+
+
+def _join(unet: Any, encoders: Sequence[Any], trained: Collection[TextEncoder], dtype: torch.dtype) -> None:
+    """The text encoders as training has them: what is trained is a part of the UNet."""
+    from aquatint.models.sdxl.conditioning import take_off_unheard
+
+    if not encoders:
+        return
+    take_off_unheard(encoders[0])
+    count_positions(*encoders)
+    for name, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
+        if name in trained:
+            unet.add_module(name, encoder)
+        else:
+            with_fake_weights(encoder, dtype).requires_grad_(False)
+
+
+def _told(inputs: Sequence[torch.Tensor], encoders: Sequence[Any], ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """The inputs with embeddings of these ids (N, 77)."""
+    from aquatint.models.sdxl.conditioning import encode_ids
+
+    latents, timesteps, _, _, time_ids = inputs
+    hidden, pooled = encode_ids(*encoders, ids, ids)
+    return latents, timesteps, hidden.reshape(len(latents), num_tokens, -1), pooled[:: num_tokens // TOKENS], time_ids
 
 
 def _adapt(unet: Any, adapter: AdapterSpec, dtype: torch.dtype, *, norms_in_float32: bool) -> None:
@@ -273,7 +330,7 @@ def _norms_in_float32(module: Any, enabled: bool) -> Iterator[None]:
     """Norms as CUDA's autocast runs them: in float32. The CPU's, which this trace goes through, leaves them in bf16."""
     import torch
 
-    norms = [part for part in module.modules() if isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm)]
+    norms = [part for part in module.modules() if type(part) in (torch.nn.GroupNorm, torch.nn.LayerNorm)]  # and not our own
     hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].float(),)) for norm in norms if enabled]
     try:
         yield

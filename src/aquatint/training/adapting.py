@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -15,10 +16,13 @@ from aquatint.data.downloads import public_name
 from aquatint.data.tags import count_tags
 from aquatint.models.adapter_files import check_adapter, start_values
 from aquatint.models.adapters import attach, start
-from aquatint.models.sdxl.load import BaseModel
-from aquatint.planning.trained import adapter_spec
+from aquatint.models.frozen import freeze_compactly
+from aquatint.models.sdxl.load import BaseModel, Change
+from aquatint.planning.kept import compact_layers_of, swapped_blocks
+from aquatint.planning.trained import adapter_spec, unet_dtype, weight_shapes
 from aquatint.training.layout import Layout
-from aquatint.training.parallelize import trained_parameters, weight_dtype
+from aquatint.training.parallelize import choose_device, trained_parameters, weight_dtype
+from aquatint.training.swapping import swap_blocks
 
 MAX_TAGS = 2000  # of a source, in the metadata of a LoRA: the most frequent ones
 
@@ -27,7 +31,14 @@ def check_start(config: Config, base: BaseModel) -> None:
     """Raises ModelFileError if the file that an adapter is to start from does not fit."""
     spec = adapter_spec(config)
     if spec is not None and config.adapter.start_from is not None:
-        check_adapter(config.adapter.start_from, base.spec.shapes("unet"), spec)
+        check_adapter(config.adapter.start_from, weight_shapes(config, base.spec), spec)
+
+
+def compacting(config: Config, base: BaseModel) -> Change | None:
+    """What keeps frozen layers in fewer bytes, or out of the way, while a UNet is loaded; None if they stay as they are."""
+    layers = compact_layers_of(config, base.spec)
+    dtype: torch.dtype = getattr(torch, unet_dtype(config))
+    return partial(freeze_compactly, layers=layers, kept=config.memory.frozen_format, dtype=dtype) if layers else None
 
 
 def adapting(config: Config, base: BaseModel, *, resuming: bool) -> Callable[[Any], None] | None:
@@ -38,15 +49,18 @@ def adapting(config: Config, base: BaseModel, *, resuming: bool) -> Callable[[An
     spec = adapter_spec(config)
     if spec is None:
         return None
+    swapped, device = swapped_blocks(config, base.spec), choose_device(config.training.device)
 
     def adapt(unet: torch.nn.Module) -> None:
         attach(unet, spec, weight_dtype(config.training.precision))
         start(unet, config.run.seed)
         if config.adapter.start_from is not None and not resuming:
-            values = start_values(config.adapter.start_from, base.spec.shapes("unet"), spec)
+            values = start_values(config.adapter.start_from, weight_shapes(config, base.spec), spec)
             with torch.no_grad():
                 for name, parameter in trained_parameters(unet).items():
                     parameter.copy_(values[name])
+        if swapped:
+            swap_blocks(unet, swapped, device)
 
     return adapt
 

@@ -15,7 +15,7 @@ from aquatint.data.downloads import public_name
 from aquatint.data.ledger import summary
 from aquatint.models.adapters import adapted_layers
 from aquatint.models.sdxl.process import Process
-from aquatint.models.sdxl.shapes import Shape
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, Shape
 from aquatint.models.sdxl.tokenizer import chunk_reports
 from aquatint.planning.groups import table
 from aquatint.planning.schedule import count, plan_steps
@@ -55,17 +55,25 @@ def announcement(config: Config, data: Prepared, parts: Parts, process: Process,
     for index, line in enumerate(mix_lines(data.layout)):
         yield f"{'' if index else 'sources':<12}{line}"
     section = config.training
-    for index, line in enumerate(
-        plan_steps(data.samples_per_epoch, section.batch_size, section.accumulation_steps, section.length).lines()
-    ):
+    for index, line in enumerate(plan_steps(data.samples_per_epoch, section.at_once, section.accumulation_steps, section.length).lines()):
         yield f"{'' if index else 'steps':<12}{line}"
     for index, line in enumerate(objective_lines(config, process, parts)):
         yield f"{'' if index else 'objective':<12}{line}"
     yield f"trains      {trained_text(parts.unet)}"
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
-    for line in table(config, shapes) if config.training.groups else ():
+    for line in table(config, shapes) if config.training.groups or config.text_encoders.train else ():
         yield f"{'':<12}{line}"
-    yield f"stays       {'the UNet, ' if adapted_layers(parts.unet) else ''}text encoders and autoencoder"
+    yield f"stays       {' and '.join(still_networks(config))}"
+
+
+def still_networks(config: Config) -> Iterator[str]:
+    """What no weight changes in: beside an adapter, all."""
+    texts = [name for name in TEXT_ENCODERS if config.adapter.kind != "none" or name not in config.text_encoders.train]
+    named = "text encoders" if len(texts) == len(TEXT_ENCODERS) else "".join(texts)
+    first = "the UNet, " if config.adapter.kind != "none" else ""
+    if named:
+        yield first + named
+    yield "autoencoder"
 
 
 def trained_text(unet: torch.nn.Module) -> str:
@@ -75,7 +83,9 @@ def trained_text(unet: torch.nn.Module) -> str:
     if layers:
         return f"{total:,} adapter weights in {dtype}, in {count(layers, 'layer')}"
     frozen = sum(p.numel() for p in unet.parameters()) - total
-    return f"the UNet: {total:,} weights in {dtype}" + (f"; {frozen:,} are frozen" if frozen else "")
+    texts = [name for name, _ in unet.named_children() if name in TEXT_ENCODERS]
+    where = " and ".join([", ".join(["the UNet", *texts[:-1]]), *texts[-1:]])
+    return f"{where}: {total:,} weights in {dtype}" + (f"; {frozen:,} are frozen" if frozen else "")
 
 
 def objective_lines(config: Config, process: Process, parts: Parts) -> Iterator[str]:

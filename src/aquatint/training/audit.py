@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from aquatint.errors import NumericalError
+from aquatint.optim.offload import settle
 from aquatint.planning.schedule import count
 from aquatint.training.state import TrainState
 from aquatint.training.step import Parts, StepReport
@@ -111,6 +112,7 @@ class Audit:
     def explain(self, names: Sequence[str]) -> Unmoved:
         """Sorts trained tensors that did not move by the reason."""
         rates = {name: group["lr"] for group in self.parts.optimizer.param_groups for name in group["param_names"]}
+        settle(self.parts.optimizer)
         states = self.parts.optimizer.state
         still = [name for name in names if not is_compensated(states.get(self.parameters[name], {}))]
         idle = [name for name in still if name not in self.has_gradient or not self.has_gradient[name]]

@@ -15,55 +15,49 @@ import torch
 
 from aquatint import __version__
 from aquatint.config.schema import Config, dump
+from aquatint.config.text_rules import trains_text
 from aquatint.data.batch import Batch
 from aquatint.data.buckets import report_text
 from aquatint.data.ledger import write_ledger
 from aquatint.data.loader import BatchReader, Draws, stream
 from aquatint.data.sampler import Order
 from aquatint.errors import Interrupted
-from aquatint.models.adapters import Frozen
 from aquatint.models.sdxl.load import BaseModel, open_base
-from aquatint.optim.clipping import Clipping
-from aquatint.optim.create import create_optimizer, idle_steps
-from aquatint.optim.fused import FusedBackward
-from aquatint.optim.lr import learning_rate_factor
-from aquatint.planning.groups import own_settings
-from aquatint.planning.trained import check_groups, num_frozen, trainable_shapes, unet_dtype
+from aquatint.optim.create import idle_steps
+from aquatint.optim.library import check_installed
+from aquatint.planning.trained import check_groups, num_frozen, trainable_shapes
 from aquatint.storage import append_text, check_writable, folder_lock, shared_lock, write_json, write_text
 from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.files import MetricsFile, truncate_after
 from aquatint.tracking.tracker import Several, Tracker, guarded
 from aquatint.training import checkpoint
-from aquatint.training.adapting import adapting, check_start, tag_frequency
+from aquatint.training.adapting import check_start, tag_frequency
 from aquatint.training.announce import announcement, captions_text
 from aquatint.training.audit import Audit
+from aquatint.training.batch_search import as_begun, settle
 from aquatint.training.breakdown import Breakdown, choose_breakdown
+from aquatint.training.build_parts import build_parts, samples_per_step
+from aquatint.training.build_tasks import build_tasks, look_tasks
 from aquatint.training.checkpoint import Trained
+from aquatint.training.compiling import CompileClock
 from aquatint.training.dry_step import as_in_training, try_step
-from aquatint.training.ema import Ema, decay_of_half_life
 from aquatint.training.ema_snapshots import remove_after, snapshot_action
-from aquatint.training.layout import Layout
-from aquatint.training.objective import Objective
+from aquatint.training.layout import plan_digest
 from aquatint.training.objectives import (
-    choose_adaptation,
     choose_densities,
     choose_objective,
     choose_process,
-    mean_density,
     noise_kind,
 )
 from aquatint.training.online_text import encoded
 from aquatint.training.overfit import Watch
-from aquatint.training.parallelize import choose_device, ready_for_training, trained_parameters
+from aquatint.training.parallelize import choose_device, trained_parameters
 from aquatint.training.prepare import Prepared, prepare
-from aquatint.training.results import TAGS_FILE, export_weights, sample_request
+from aquatint.training.results import TAGS_FILE, export_weights
 from aquatint.training.resume import accept_base, accept_config
 from aquatint.training.saver import Saver, share_of_memory
-from aquatint.training.state import Every, TrainState
-from aquatint.training.step import Parts
-from aquatint.training.tasks import Action, Validation, log_action, sample_action, timings_action, validate_action
+from aquatint.training.state import TrainState
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
-from aquatint.training.validation import ValidationSet, validation_timesteps
 from aquatint.utils.logging import logged
 from aquatint.utils.progress import Progress, say
 
@@ -125,24 +119,20 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     """Puts a run together, from its checkpoint if there is one. What must be closed goes on `stack`."""
     base = open_base(config.model.base, config.model.vae)
     objective = choose_objective(config, base)
-    check_groups(config, base.spec)
     checkpoints = folder / "checkpoints"
-    checkpoint.clean(checkpoints)
-    latest, notes = checkpoint.newest(checkpoints)
-    for note in notes:
-        say(f"warning: {note}")
-    accept_config(folder, dump(config), resuming=latest is not None, accept_changes=accept_changes, say=say)
-    if num_frozen(config, base.spec):
-        accept_base(folder, base.digest("unet"), resuming=latest is not None, accept_changes=accept_changes, say=say)
-    if latest is None:
-        check_start(config, base)
+    latest = last_checkpoint(checkpoints)
+    config = accepted(config, base, folder, resuming=latest is not None, accept_changes=accept_changes)
     data = prepare(config, base, say=say)
-    describe(config, folder, data)
     parts, trained, total_steps = build_parts(config, base, objective, data, resuming=latest is not None)
+    config = settle(config, base.spec, data.layout, parts)
+    data = replace(data, digest=plan_digest(config, data.layout))
+    describe(config, folder, data)
     for line in announcement(config, data, parts, choose_process(config, base), trainable_shapes(config, base.spec)):
         say(line)
     state = TrainState() if latest is None else go_on(latest, trained, data, accept_changes=accept_changes)
+    clock = CompileClock(compiles=config.speed.compile != "none")
     try_step(config, base.spec, data.layout, parts)
+    clock.look(say)
     remove_after(folder / "ema", state.step)
     tracker = stack.enter_context(contextlib.closing(open_trackers(config, folder, state.step)))
     display = stack.enter_context(Progress(total_steps, state.step))
@@ -164,7 +154,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
     saver = stack.enter_context(Saver(checkpoints, trained, data.digest, config.checkpoints.keep, display, memory_share=share))
     saver.metrics = metrics if config.checkpoints.keep_best else None
     watch = build_watch(config, metrics, data, display)
-    run.has_ended, run.look_aside = lambda: watch.ended, saver.look
+    run.has_ended, run.look_aside = lambda: watch.ended, partial(look_aside, saver, clock, display)
     looks = look_tasks(config, base, objective, data, run, tracker, watch)
     snapshots = snapshot_action(folder / "ema", trained.ema, base, display.note)
     run.tasks = build_tasks(config, data, run, tracker, looks, snapshots, saver)
@@ -175,6 +165,34 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
         audit = Audit(parts, display.note, idle_steps(config.optimizer.name))
         run.tasks = (Task(audit, audit.run), *run.tasks)
     return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; what a crash left half-written is removed. Raises ResumeError if none of several is."""
+    checkpoint.clean(folder)
+    latest, notes = checkpoint.newest(folder)
+    for note in notes:
+        say(f"warning: {note}")
+    return latest
+
+
+def accepted(config: Config, base: BaseModel, folder: Path, *, resuming: bool, accept_changes: bool) -> Config:
+    """The config as its run began, if that decided something by itself. Raises AquatintError where it does not suit run or base."""
+    check_groups(config, base.spec)
+    check_installed(config.optimizer.name)
+    config = as_begun(config, folder, resuming=resuming)
+    accept_config(folder, dump(config), resuming=resuming, accept_changes=accept_changes, say=say)
+    if num_frozen(config, base.spec):
+        accept_base(folder, base.digest("unet"), resuming=resuming, accept_changes=accept_changes, say=say)
+    if not resuming:
+        check_start(config, base)
+    return config
+
+
+def look_aside(saver: Saver, clock: CompileClock, display: Progress) -> None:
+    """What goes on beside the loop: saving, and compiling."""
+    saver.look()
+    clock.look(display.note)
 
 
 def describe(config: Config, folder: Path, data: Prepared) -> None:
@@ -215,63 +233,8 @@ def build_watch(config: Config, metrics: Path, data: Prepared, display: Progress
     return watch
 
 
-def build_parts(
-    config: Config, base: BaseModel, objective: Objective, data: Prepared, *, resuming: bool = False
-) -> tuple[Parts, Trained, int]:
-    """The UNet ready for training, its optimizer and average, and the number of steps of the whole run."""
-    device = choose_device(config.training.device)
-    unet = base.load_unet(getattr(torch, unet_dtype(config)))
-    adapt = adapting(config, base, resuming=resuming)
-    own = own_settings(config, trainable_shapes(config, base.spec))
-    frozen_parts = [name for name, group in own.items() if group.is_frozen]
-    checkpointing = config.training.gradient_checkpointing
-    model = ready_for_training(unet, gradient_checkpointing=checkpointing, device=device, adapt=adapt, frozen=frozen_parts)
-    settings = config.optimizer.model_dump(exclude={"name"})
-    optimizer = create_optimizer(config.optimizer.name, trained_parameters(model).items(), seed=config.run.seed, own=own, **settings)
-    clipping = Clipping(config.training.clip, config.training.clip_norm, device=device)
-    fused = FusedBackward(optimizer, clipping) if config.training.fused_backward else None
-    ema = build_ema(config, model, data.samples_per_epoch)
-    frozen = None
-    if objective.mask_prior_weight > 0 and data.train.has_masks:
-        half = torch.bfloat16 if config.training.precision != "fp32" else torch.float32
-        frozen = Frozen(model) if adapt is not None else base.load_unet(half).requires_grad_(False).to(device)
-    drawn = mean_density(choose_densities(config, base, data.layout.plan.shapes), bucket_samples(data.layout))
-    adaptation = choose_adaptation(config, objective, drawn, device)
-    lengths = {"samples_per_step": samples_per_step(config), "samples_per_epoch": data.samples_per_epoch}
-    total_steps = config.training.length.in_steps(**lengths)
-    warmup_steps, reference_steps = config.lr.warmup.in_steps(**lengths), config.lr.reference.in_steps(**lengths)
-
-    def learning_rate(step: int) -> float:
-        factor = learning_rate_factor(
-            step, schedule=config.lr.schedule, warmup_steps=warmup_steps, total_steps=total_steps, end_factor=config.lr.end_factor,
-            reference_steps=reference_steps,
-        )  # fmt: skip
-        return config.optimizer.learning_rate * factor
-
-    autocast = config.training.precision == "bf16_mixed"
-    parts = Parts(model, optimizer, ema, objective, learning_rate, autocast, clipping, device, adaptation, frozen, fused)
-    return parts, Trained(model, optimizer, ema, adaptation, clipping), total_steps
-
-
-def build_ema(config: Config, model: torch.nn.Module, samples_per_epoch: int) -> Ema | None:
-    """The averages of the weights, if the config asks for them."""
-    section, decay, per_step = config.ema, config.ema.decay, samples_per_step(config)
-    if not section.enabled:
-        return None
-    if section.half_life is not None:
-        half_life = section.half_life.in_samples(samples_per_step=per_step, samples_per_epoch=samples_per_epoch)
-        decay = decay_of_half_life(half_life, per_step)
-    device = torch.device("cpu") if section.device == "cpu" else None
-    settings: dict[str, Any] = {"warmup": section.warmup, "device": device, "power_stds": section.power_stds}
-    return Ema(trained_parameters(model), decay=decay, samples_per_step=per_step, **settings)
-
-
-def samples_per_step(config: Config) -> int:
-    return config.training.batch_size * config.training.accumulation_steps
-
-
 def build_reader(config: Config, base: BaseModel, data: Prepared) -> BatchReader:
-    order = Order(config.run.seed, data.layout.groups, config.training.batch_size)
+    order = Order(config.run.seed, data.layout.groups, config.training.at_once)
     draws = Draws(
         config.run.seed, samples_per_step(config), flip_prob=config.crop.flip_prob, dropout_prob=config.captions.dropout_prob,
         dropout_zeros_share=config.captions.dropout_zeros_share, noise=noise_kind(config), spread=config.timesteps.spread,
@@ -282,11 +245,13 @@ def build_reader(config: Config, base: BaseModel, data: Prepared) -> BatchReader
 
 def batches_from(config: Config, base: BaseModel, reader: BatchReader, state: TrainState, total_steps: int) -> Generator[Batch]:
     """The batches that are still to come: their numbers follow from the samples seen."""
-    start = state.samples_seen // config.training.batch_size
+    start = state.samples_seen // config.training.at_once
     end = total_steps * config.training.accumulation_steps
     device = choose_device(config.training.device)
     batches = stream(reader, start, end, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=device.type == "cuda")
-    return batches if reader.samples.captions is None else encoded(batches, base.caption_encoder(device))
+    if reader.samples.captions is None or trains_text(config):
+        return batches
+    return encoded(batches, base.caption_encoder(device))
 
 
 def open_trackers(config: Config, folder: Path, step: int) -> Tracker:
@@ -311,61 +276,6 @@ def open_wandb(config: Config, folder: Path) -> Tracker:
     return WandbTracker(
         folder, project=section.project, entity=section.entity, mode=section.mode, name=config.run.name, config=dump(config)
     )
-
-
-def build_validation(config: Config, objective: Objective, data: Prepared, folder: Path) -> Validation:
-    """The pictures that are measured, and the noise levels."""
-    section, terminal = config.validation, objective.schedule.zero_terminal_snr  # flows end there too
-    timesteps = validation_timesteps(section.timesteps, config.timesteps.lowest, config.timesteps.highest, terminal=terminal)
-    held_out, known = (ValidationSet(data.entries, side, timesteps, config.training.batch_size) for side in (data.held_out, data.known))
-    kinds = ("trained" if data.layout.held_out_is_trained else "held out", "trained")
-    return Validation(held_out, known, folder / "worst.txt", section.worst, kinds)
-
-
-def look_tasks(
-    config: Config, base: BaseModel, objective: Objective, data: Prepared, run: Run, tracker: Tracker, watch: Watch
-) -> tuple[Task, ...]:
-    """The tasks that look at the model: validation and sample pictures."""
-    tasks = []
-    if config.validation.every is not None:
-        chosen = build_validation(config, objective, data, run.folder)
-        every = Every(config.validation.every, data.samples_per_epoch)
-        tasks.append(Task(every, validate_action(run.parts, chosen, tracker, run.display, watch)))
-    if config.samples.every is not None and config.samples.prompts:
-        entries = {prompt: data.stores.texts.read(key) for prompt, key in data.layout.prompts.items()}
-        embeds = {prompt: (entry["prompt_embeds"], entry["pooled"]) for prompt, entry in entries.items()}
-        size_hw = most_trained_size(data.layout)
-        request = replace(sample_request(config, base, objective, run.parts.device, embeds, size_hw), autocast=run.parts.autocast)
-        request = replace(request, averaged=config.samples.weights == "average")
-        every = Every(config.samples.every, data.samples_per_epoch)
-        tasks.append(Task(every, sample_action(run.parts, request, run.folder / "samples", tracker, run.display)))
-    return tuple(tasks)
-
-
-def build_tasks(
-    config: Config, data: Prepared, run: Run, tracker: Tracker, looks: tuple[Task, ...], snapshots: Action, saver: Saver
-) -> tuple[Task, ...]:
-    """All tasks, in the order in which they are done."""
-    log_every = Every(config.tracking.log_every, data.samples_per_epoch)
-    return (
-        Task(log_every, log_action(tracker)),
-        Task(log_every, timings_action(run.folder / "timings.jsonl")),
-        *looks,
-        Task(Every(config.ema.snapshot_every, data.samples_per_epoch), snapshots),
-        Task(Every(config.checkpoints.every, data.samples_per_epoch), saver),
-        Task(Every(config.validation.every, data.samples_per_epoch), saver.save_best),
-    )
-
-
-def most_trained_size(layout: Layout) -> tuple[int, int]:
-    """Height and width of the bucket that most samples come from, in pixels."""
-    height, width = layout.plan.shapes[int(np.argmax(bucket_samples(layout)))].tolist()
-    return height, width
-
-
-def bucket_samples(layout: Layout) -> list[float]:
-    """How many samples of an epoch come from each bucket."""
-    return [sum(group.count * float(group.repeats) for group in groups) for groups in layout.groups]
 
 
 def environment() -> dict[str, Any]:

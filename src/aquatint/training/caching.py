@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from aquatint.config.schema import Config
+from aquatint.config.text_rules import trains_text
 from aquatint.data import upkeep
 from aquatint.data.manifest import Manifest
 from aquatint.data.samples import Keys
@@ -119,7 +120,8 @@ def _wanted(config: Config) -> Mapping[str, Keys]:
     base, opener = open_base(config.model.base, config.model.vae), opener_of(config)
     manifest = find_pictures(config, opener, read_quarantine(config.cache.folder))
     recipes = recipes_of(config, {"vae": base.digest("vae_encoder"), "text_encoders": base.digest("text_encoders")})
-    return keys_of(lay_out(config, manifest, recipes, focus_points(config, manifest, opener)))
+    keys = keys_of(lay_out(config, manifest, recipes, focus_points(config, manifest, opener)))
+    return keys | {"texts": keys["texts"][:0]} if trains_text(config) else keys
 
 
 def names_of(manifest: Manifest) -> list[str]:

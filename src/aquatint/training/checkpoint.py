@@ -18,11 +18,15 @@ from typing import Any, Protocol
 import torch
 
 from aquatint.errors import ResumeError
+from aquatint.models.sdxl.shapes import is_text
 from aquatint.optim.clipping import Clipping
+from aquatint.optim.library_optimizer import LibraryOptimizer
+from aquatint.optim.offload import settle
 from aquatint.storage import atomic_folder, digest_file, remove_folder, remove_temporaries, storage_errors, write_json
 from aquatint.tensor_file import LazyTensor, TensorFile, dtype_name, torch_dtype, write_tensors
 from aquatint.training.adaptation import Adaptation
 from aquatint.training.ema import Ema
+from aquatint.training.free_average import FreeAverage
 from aquatint.training.parallelize import trained_parameters
 from aquatint.training.state import TrainState
 
@@ -47,17 +51,21 @@ class Trained:
     """The tensors of a run: the model, of which what requires gradients is trained and saved, its optimizer, and its average."""
 
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
+    optimizer: torch.optim.Optimizer | LibraryOptimizer
+    ema: Ema | FreeAverage | None
     adaptation: Adaptation | None = None
     clipping: Clipping | None = None
 
+    def weights(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """What is trained, by the name of its file. A run that trains no text encoder has no file of them."""
+        tables: dict[str, dict[str, torch.nn.Parameter]] = {"unet": {}}
+        for name, weight in trained_parameters(self.model).items():
+            tables.setdefault("text_encoders" if is_text(name) else "unet", {})[name] = weight
+        return tables
+
     def tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """What is saved, by the name of its file."""
-        tables: dict[str, Mapping[str, torch.Tensor]] = {
-            "unet": trained_parameters(self.model),
-            "optimizer": optimizer_tensors(self),
-        }
+        tables: dict[str, Mapping[str, torch.Tensor]] = {**self.weights(), "optimizer": optimizer_tensors(self)}
         if self.adaptation is not None:
             tables["loss"] = self.adaptation.tensors()
         if self.clipping is not None and self.clipping.state:
@@ -66,7 +74,8 @@ class Trained:
 
     def fill_from(self, path: Path) -> None:
         """Takes everything from a checkpoint. Raises ResumeError if it is of another model or optimizer."""
-        fill(path / "unet.safetensors", trained_parameters(self.model))
+        for name, weights in self.weights().items():
+            fill(path / f"{name}.safetensors", weights)
         for name, average in self.ema.tables().items() if self.ema is not None else ():
             fill_average(path / f"{name}.safetensors", average)
         if self.adaptation is not None:
@@ -185,6 +194,9 @@ def fill(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def optimizer_tensors(trained: Trained) -> dict[str, torch.Tensor]:
     """The optimizer's state as `parameter name/key` -> tensor. Every value of ours and of torch's AdamW is a tensor."""
+    if isinstance(trained.optimizer, LibraryOptimizer):
+        return trained.optimizer.tensors()
+    settle(trained.optimizer)
     states = trained.optimizer.state
     return {
         f"{name}/{key}": value
@@ -195,7 +207,11 @@ def optimizer_tensors(trained: Trained) -> dict[str, torch.Tensor]:
 
 def restore_optimizer(path: Path, trained: Trained) -> None:
     """Puts the saved state into the optimizer, dtypes untouched. Raises ResumeError if it is another optimizer's."""
+    if isinstance(trained.optimizer, LibraryOptimizer):
+        _restore_library_optimizer(path, trained.optimizer)
+        return
     parameters = trained_parameters(trained.model)
+    in_main_memory = getattr(trained.optimizer, "keeper", None) is not None
     fused = {p for group in trained.optimizer.param_groups if group.get("fused") for p in group["params"]}
     with storage_errors("read", path), TensorFile(path) as file:
         states: dict[str, dict[str, Any]] = {}
@@ -203,10 +219,19 @@ def restore_optimizer(path: Path, trained: Trained) -> None:
             name, _, field = key.rpartition("/")
             if name not in parameters:
                 raise ResumeError(f"{path} holds state of `{name}`, which is not trained here", hint="continue with the same base model")
-            on_device = field != "step" or parameters[name] in fused  # torch keeps a fused optimizer's step on the device
+            on_device = parameters[name] in fused if field == "step" else not in_main_memory  # torch's fused steps are on the device
             states.setdefault(name, {})[field] = file.read(key).to(parameters[name].device if on_device else "cpu")
     for name, state in states.items():
         trained.optimizer.state[parameters[name]] = state
+
+
+def _restore_library_optimizer(path: Path, optimizer: LibraryOptimizer) -> None:
+    with storage_errors("read", path), TensorFile(path) as file:
+        try:
+            optimizer.fill({key: partial(file.read, key) for key in file.tensors})
+        except ValueError as error:
+            hint = "continue with the same base model, optimizer and groups, or give the run another name"
+            raise ResumeError(f"{path} does not fit this run: {error}", hint=hint) from error
 
 
 def clean(folder: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from string import ascii_lowercase
 
 import torch
 
@@ -20,6 +21,7 @@ from aquatint.models.sdxl.model import ModelSpec
 from aquatint.models.sdxl.tokenizer import num_chunks
 from aquatint.optim.adamw_bf16 import has_kernels
 from aquatint.planning.fit import advice
+from aquatint.planning.kept import optimizer_room_bytes
 from aquatint.planning.memory import gib, state_parts, update_bytes
 from aquatint.training.layout import Layout
 from aquatint.training.step import Parts, losses_of
@@ -79,8 +81,21 @@ def random_batch(size: Size, device: torch.device) -> Batch:
     return batch.to(device)
 
 
+def full_captions(size: Size) -> tuple[str, ...]:
+    """Captions that fill so many tokens, all different."""
+    words = (CHUNK_TOKENS - 2) * (size.tokens // CHUNK_TOKENS)
+    return tuple(" ".join(ascii_lowercase[index % len(ascii_lowercase)] * words) for index in range(size.batch_size))
+
+
 def dry_step(parts: Parts, size: Size, accumulation_steps: int, reserve: Reserve, advice: Callable[[], str]) -> None:
     """Goes through a step that changes nothing. Raises UsageError, with the `advice` as its hint, if the memory does not suffice."""
+    if reason := out_of_memory(parts, size, accumulation_steps, reserve):
+        what = f"a batch of {size.batch_size} with {size.width} × {size.height} pixels and {size.tokens} tokens"
+        raise UsageError(f"{what} does not fit into the memory ({reason})", hint=advice())
+
+
+def out_of_memory(parts: Parts, size: Size, accumulation_steps: int, reserve: Reserve) -> str | None:
+    """Goes through a step that changes nothing, and says why the memory does not suffice if it does not."""
     failure: BaseException | None = None
     try:
         with state_held(parts, reserve):
@@ -94,20 +109,20 @@ def dry_step(parts: Parts, size: Size, accumulation_steps: int, reserve: Reserve
         failure = error.with_traceback(None)  # which would hold on to what did fit
     finally:
         forget(parts)
-    if failure is not None:
-        what = f"a batch of {size.batch_size} with {size.width} × {size.height} pixels and {size.tokens} tokens"
-        raise UsageError(f"{what} does not fit into the memory ({first_line(failure)})", hint=advice())
+    return None if failure is None else first_line(failure)
 
 
 def one_pass(parts: Parts, size: Size) -> None:
     """Forward and backward, as a step does it."""
-    losses_of(parts, random_batch(size, parts.device))[2].mean().backward()
+    batch = random_batch(size, parts.device)
+    losses_of(parts, batch if parts.texts is None else replace(batch, captions=full_captions(size)))[2].mean().backward()
 
 
 @contextlib.contextmanager
 def state_held(parts: Parts, reserve: Reserve) -> Iterator[None]:
     """Keeps memory for what of the optimizer's state is not there yet."""
-    there = sum(value.nbytes for state in parts.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    tensors = [value for state in parts.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    there = sum(value.nbytes for value in tensors if value.device.type == parts.device.type)
     kept = room(parts.device, max(0, reserve.state - there))
     try:
         yield
@@ -169,9 +184,17 @@ def try_step(config: Config, spec: ModelSpec, layout: Layout, parts: Parts) -> N
         return advice(config, spec, torch.cuda.get_device_properties(parts.device).total_memory if parts.device.type == "cuda" else None)
 
     dry_step(parts, size, section.accumulation_steps, reserve_of(config, spec, parts.device), tip)
-    words = f"{section.batch_size} × {size.width} × {size.height} pixels, {size.tokens} tokens"
+    words = f"{section.at_once} × {size.width} × {size.height} pixels, {size.tokens} tokens"
     most = f", with {gib(torch.cuda.max_memory_reserved(parts.device))} at most" if parts.device.type == "cuda" else ""
     say(f"dry step    {words}: it fits{most}")
+
+
+def lack_of_memory(config: Config, spec: ModelSpec, layout: Layout, parts: Parts) -> str | None:
+    """Why the run's largest batch does not fit; None if it does, or if the run is not to try it."""
+    if not wants_dry_step(config, parts.device):
+        return None
+    size = largest_size(config, spec, layout)
+    return out_of_memory(parts, size, config.training.accumulation_steps, reserve_of(config, spec, parts.device))
 
 
 @contextlib.contextmanager
@@ -189,8 +212,10 @@ def wants_dry_step(config: Config, device: torch.device) -> bool:
 def reserve_of(config: Config, spec: ModelSpec, device: torch.device) -> Reserve:
     """A kernel updates in place, without temporary tensors."""
     optimizer = config.optimizer
-    in_place = optimizer.name in ("adamw_bf16", "adamw8bit") and optimizer.kernel == "auto" and has_kernels(device)
-    return Reserve(state_parts(config, spec)[1].bytes, 0 if in_place else update_bytes(config))
+    in_place = optimizer.name in ("adamw_bf16", "adamw8bit") and optimizer.kernel != "none" and has_kernels(device)
+    in_main_memory = config.memory.optimizer_state == "cpu" and device.type != "cpu"
+    state = optimizer_room_bytes(config, spec) if in_main_memory else state_parts(config, spec)[1].bytes
+    return Reserve(state, 0 if in_place else update_bytes(config))
 
 
 def largest_size(config: Config, spec: ModelSpec, layout: Layout) -> Size:
@@ -199,4 +224,4 @@ def largest_size(config: Config, spec: ModelSpec, layout: Layout) -> Size:
     train = layout.train
     tokens = longest_tokens(train.texts if train.samples.captions is None else list(train.samples.captions))
     widths = spec.unet["cross_attention_dim"], spec.text_encoder_2["projection_dim"]
-    return Size(config.training.batch_size, height, width, tokens, widths)
+    return Size(config.training.at_once, height, width, tokens, widths)

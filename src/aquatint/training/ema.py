@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from aquatint.optim.power_average import gamma_of_std, power_decay
+
+
+class Applied(Protocol):
+    """What can put other weights into the model for a while."""
+
+    def applied(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 def decay_at(step: int, *, decay: float, warmup: bool) -> float:
@@ -90,7 +97,7 @@ class Ema:
 
 
 @contextlib.contextmanager
-def averaged(ema: Ema | None) -> Iterator[None]:
+def averaged(ema: Applied | None) -> Iterator[None]:
     """The averaged weights if there are any, the weights themselves if not."""
     with ema.applied() if ema is not None else contextlib.nullcontext():
         yield

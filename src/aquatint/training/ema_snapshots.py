@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ import torch
 
 from aquatint.errors import NumericalError, StorageError, UsageError
 from aquatint.models.sdxl.load import BaseModel
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, is_text
 from aquatint.optim.power_average import Mix, gamma_of_std, solve_mix
 from aquatint.storage import remove_file, remove_temporaries
 from aquatint.tensor_file import LazyTensor, TensorFile, write_tensors
 from aquatint.training.ema import Ema
+from aquatint.training.free_average import FreeAverage
 from aquatint.training.state import TrainState
 
 WIDEST_STD = 0.28  # all weights of the run count the same at 0.2887
@@ -56,14 +58,25 @@ class Rebuilt:
         return f"an average of width {self.std:g} at step {self.step:,}, from {files}; its profile differs by {self.mix.residual:.2%}"
 
 
-def write_snapshots(folder: Path, ema: Ema, base: BaseModel, state: TrainState) -> None:
+def write_snapshots(folder: Path, ema: Ema | FreeAverage, base: BaseModel, state: TrainState) -> None:
     """Writes each power average as it is now, unless that was done already. Raises StorageError; NumericalError for a broken model."""
     for std, track in ema.tracks.items():
         path = folder / f"step-{state.step:06}-std-{std:.3f}.safetensors"
         if not path.exists():
-            metadata = {"std": repr(std), "step": str(state.step), "samples": str(state.samples_seen), "base": base.digest("unet")}
-            origin = base.component("unet")
+            digest = origin_digest(base, track)
+            metadata = {"std": repr(std), "step": str(state.step), "samples": str(state.samples_seen), "base": digest}
+            origin = origin_of(base, track)
             write_tensors(path, {name: _snapshot_tensor(name, tensor, origin.get(name)) for name, tensor in track.items()}, metadata)
+
+
+def origin_digest(base: BaseModel, names: Iterable[str]) -> str:
+    """Stands for the networks of the base that tensors of these names come from."""
+    return f"{base.digest('unet')} {base.digest('text_encoders')}" if any(map(is_text, names)) else base.digest("unet")
+
+
+def origin_of(base: BaseModel, names: Iterable[str]) -> Mapping[str, LazyTensor]:
+    """The tensors of those networks."""
+    return base.tensors(("unet", *TEXT_ENCODERS)) if any(map(is_text, names)) else base.component("unet")
 
 
 def _snapshot_tensor(name: str, average: torch.Tensor, origin: LazyTensor | None) -> LazyTensor:
@@ -82,7 +95,7 @@ def _difference(name: str, average: torch.Tensor, origin: LazyTensor | None) -> 
     return difference
 
 
-def snapshot_action(folder: Path, ema: Ema | None, base: BaseModel, note: Callable[[str], None]) -> Callable[..., TrainState]:
+def snapshot_action(folder: Path, ema: Ema | FreeAverage | None, base: BaseModel, note: Callable[[str], None]) -> Callable[..., TrainState]:
     """Writes snapshots. A full disk costs one of them, not the run: the reason is noted."""
 
     def run(state: TrainState, report: object = None) -> TrainState:
@@ -152,16 +165,16 @@ def choose(snapshots: Sequence[Snapshot], std: float, step: int | None) -> tuple
 def rebuilt(folder: Path, std: float, step: int | None, base: BaseModel) -> Iterator[Rebuilt]:
     """An average of any width from the snapshots in `folder`, to be used inside the block. Raises UsageError, also for another base."""
     used, step, mix = choose(find_snapshots(folder), std, step)
-    for snapshot in used:
-        if snapshot.base != base.digest("unet"):
-            raise UsageError(
-                f"{snapshot.path} was not taken with the base model {base.path}",
-                hint="it holds what changed since then: set `model.base` to the model that the run began with",
-            )
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(TensorFile(snapshot.path)) for snapshot in used]
+        for snapshot, file in zip(used, files, strict=True):
+            if snapshot.base != origin_digest(base, file.tensors):
+                raise UsageError(
+                    f"{snapshot.path} was not taken with the base model {base.path}",
+                    hint="it holds what changed since then: set `model.base` to the model that the run began with",
+                )
         shares = [float(share) for share in mix.shares]
-        origin = base.component("unet")
+        origin = origin_of(base, files[0].tensors)
         weights = {
             name: LazyTensor(torch.float32, info.shape, partial(_mixed, name, origin.get(name), files, shares))
             for name, info in files[0].tensors.items()

@@ -20,6 +20,7 @@ from aquatint.data.image import Pixels, load_image, quiet_decoders
 from aquatint.data.manifest import by_content
 from aquatint.errors import DataError, UsageError
 from aquatint.models.judges import Clip, Dinov2, Inception, Judge, Rows
+from aquatint.models.sdxl.conditioning import TextEncoders
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.storage import check_writable, digest_file, write_json
 from aquatint.training import checkpoint
@@ -43,7 +44,7 @@ from aquatint.training.layout import Layout
 from aquatint.training.objectives import choose_objective, choose_process, sampling_schedule, sampling_steps
 from aquatint.training.parallelize import choose_device
 from aquatint.training.preview import planned
-from aquatint.training.results import load_unet, trained_weights
+from aquatint.training.results import load_caption_encoder, load_unet, trained_weights
 from aquatint.training.sampling import TextEmbeds
 from aquatint.utils.progress import say, track
 
@@ -78,7 +79,8 @@ def evaluate_run(config: Config, name: str | None = None, *, keep_pictures: bool
     with track("looking at real pictures", len(subjects)) as on_progress, quiet_decoders():
         subjects, real, left_out = see_real(subjects, judges, reader(config), config.evaluation.batch_size, on_progress)
     check_enough(subjects, left_out)
-    embeds, negative = encode_captions(config, base, subjects, device)
+    encoder = load_caption_encoder(config, base, None if name == BASE else name, device)
+    embeds, negative = encode_captions(config, encoder, subjects)
     shelf = Shelf(folder / name, recipe(config, base, weights, device)) if keep_pictures else None
     make = maker(build_painter(config, base, unet, negative, device), subjects, embeds, shelf)
     batches = list(drawn_together(subjects, embeds, config.evaluation.batch_size))
@@ -203,13 +205,11 @@ def check_enough(subjects: Sequence[Subject], left_out: Mapping[str, str]) -> No
 # Drawing
 
 
-def encode_captions(
-    config: Config, base: BaseModel, subjects: Sequence[Subject], device: torch.device
-) -> tuple[list[TextEmbeds], TextEmbeds | None]:
+def encode_captions(config: Config, encoder: TextEncoders, subjects: Sequence[Subject]) -> tuple[list[TextEmbeds], TextEmbeds | None]:
     """The embeddings of each caption, and of the negative prompt if there is one."""
     negative = config.samples.negative_prompt
     texts = list(dict.fromkeys([subject.caption for subject in subjects] + ([] if negative is None else [negative])))
-    encoded = dict(zip(texts, base.caption_encoder(device).encode(texts), strict=True))
+    encoded = dict(zip(texts, encoder.encode(texts), strict=True))
     return [encoded[subject.caption] for subject in subjects], None if negative is None else encoded[negative]
 
 

@@ -15,6 +15,7 @@ from aquatint.models.adapter_shapes import AdapterSpec
 from aquatint.models.sdxl.export import export_diffusers, export_single_file, modelspec_metadata
 from aquatint.models.sdxl.load import BaseModel
 from aquatint.models.sdxl.process import Process
+from aquatint.models.sdxl.shapes import Shape
 from aquatint.storage import remove_folder
 from aquatint.tensor_file import LazyTensor
 
@@ -48,6 +49,7 @@ def export_adapter(
     base: BaseModel,
     weights: Mapping[str, torch.Tensor | LazyTensor],
     spec: AdapterSpec,
+    shapes: Mapping[str, Shape],
     target: Path,
     section: ExportSection,
     name: str,
@@ -55,7 +57,10 @@ def export_adapter(
     resolution: int,
     tag_frequency: TagFrequency,
 ) -> tuple[Path, ...]:
-    """Writes an adapter in each spelling that the section asks for: `target-lora.safetensors`, `target-lora-diffusers.safetensors`."""
+    """Writes an adapter in each spelling that the section asks for: `target-lora.safetensors`, `target-lora-diffusers.safetensors`.
+
+    `shapes` are those of all weights that adapters can be beside.
+    """
     written = []
     for names in section.lora_names:
         end = "-lora" if names == "kohya" else "-lora-diffusers"
@@ -65,7 +70,7 @@ def export_adapter(
             resolution=resolution, process=process, tag_frequency=tag_frequency,
         )  # fmt: skip
         dtype = getattr(torch, section.dtype)
-        write_adapter(path, weights, spec, base.spec.shapes("unet"), names=names, dtype=dtype, metadata=metadata)
+        write_adapter(path, weights, spec, shapes, names=names, dtype=dtype, metadata=metadata)
         written.append(path)
     return tuple(written)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from aquatint.config.check import encodes_online
+from aquatint.config.check import renders_online
 from aquatint.config.schema import Config
 from aquatint.data import buckets as bucketing
 from aquatint.data import crop as cropping
@@ -143,9 +143,9 @@ def _split(config: Config, manifest: Manifest) -> tuple[Rows, Rows]:
 
 def plan_buckets(config: Config, sizes_hw: npt.NDArray[np.integer], times: npt.NDArray[np.float64]) -> bucketing.BucketPlan:
     """The buckets of pictures (n, 2) that are shown `times` (n,) times per epoch, with a batch or more in each."""
-    section = config.buckets
+    section, smallest = config.buckets, config.training.pictures_per_step or config.training.at_once  # the same, whatever the memory
     return bucketing.plan(
-        sizes_hw, times, sets_of(config), min_count=config.training.batch_size, max_upscale=section.max_upscale,
+        sizes_hw, times, sets_of(config), min_count=smallest, max_upscale=section.max_upscale,
         area_weight=section.area_weight, upscale_weight=section.upscale_weight,
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ class _Draft:
         num_views = crops.shape[1]
         keys = latent_keys(np.repeat(digests, num_views, axis=0), crops.reshape(-1, crops.shape[2]), self.recipes.latents)
         texts, counts, shares, captions = self._texts(
-            rows, digests, sources, policies, probs, online=varied and encodes_online(self.config.captions)
+            rows, digests, sources, policies, probs, online=varied and renders_online(self.config)
         )
         samples = Samples(
             names=Words.of(column(self.manifest, "name", rows)), bucket_starts=np.searchsorted(buckets, np.arange(len(self.shapes) + 1)),

@@ -33,6 +33,12 @@ def spare_bytes(root: Path = Path("/")) -> int | None:
     return max(0, left - (own["VmHWM"] - own["VmRSS"]))
 
 
+def held_bytes(root: Path = Path("/")) -> int | None:
+    """Main memory that this process has now; None where the system does not tell."""
+    path = root / "proc/self/status"
+    return _kib_table(path)["VmRSS"] if path.exists() else None
+
+
 def _kib_table(path: Path) -> dict[str, int]:
     """Lines such as `MemAvailable:  1024 kB`, in bytes."""
     rows = (line.split() for line in path.read_text().splitlines())

@@ -106,7 +106,7 @@ def choose_adaptation(config: Config, objective: Objective, drawn: Probabilities
     if section.weighting == "adaptive":
         return AdaptiveWeights(section.adaptive_ranges, section.adaptive_decay, drawn, device)
     if timesteps.importance:
-        samples = config.training.batch_size * config.training.accumulation_steps
+        samples = config.training.per_step
         return Importance(timesteps.importance_ranges, drawn, seed=config.run.seed, samples_per_step=samples, spread=timesteps.spread)
     return None
 

@@ -1,14 +1,18 @@
-"""What happens to the model before it is trained, in a fixed order: freeze and adapt, checkpoint, place."""
+"""What happens to the model before it is trained, in a fixed order: freeze, adapt, memory format, kernels, checkpoint, compile, place."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from aquatint.errors import UsageError
+from aquatint.models.recompute import Recompute, recompute
+from aquatint.optim.adamw_bf16 import has_kernels
 
 LARGE_MODEL_BYTES = 1 << 30
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -45,15 +49,27 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How the UNet is computed. `num_shapes`: of pictures in the run, which is how often a block may be compiled."""
+
+    channels_last: bool = False
+    kernels: bool = False
+    fused_qkv: bool = False
+    compile: Literal["none", "blocks"] = "none"
+    num_shapes: int = 1
+
+
 def ready_for_training(
     unet: Any,
     *,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recompute,
     device: torch.device,
     adapt: Callable[[Any], None] | None = None,
     frozen: Collection[str] = (),
+    speed: Speed = Speed(),
 ) -> torch.nn.Module:
-    """The UNet on its device, recomputing activations if asked.
+    """The UNet on its device, recomputing activations if asked. Raises UsageError for a `speed` that the device does not have.
 
     All weights but the `frozen` ones are trained, or those that `adapt` adds while it freezes the UNet.
     """
@@ -63,9 +79,46 @@ def ready_for_training(
         adapt(unet)
     for name in frozen:
         unet.get_parameter(name).requires_grad_(False)
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    rearrange(unet, speed, device, lean=not gradient_checkpointing)
+    recompute(unet, gradient_checkpointing)
+    compile_as_asked(unet, speed)
     unet.train()
     if device.type == "cpu" and sum(p.numel() * p.element_size() for p in unet.parameters()) > LARGE_MODEL_BYTES:
         return_freed_memory()
     return unet.to(device)  # type: ignore[no-any-return]
+
+
+def rearrange(unet: Any, speed: Speed, device: torch.device, *, lean: bool) -> None:
+    """Another order in memory, and other operations for the same arithmetic, where asked. Raises UsageError without Triton for a GPU.
+
+    `lean`: what kernels keep for the backward pass is as little as can be, which checkpointing has no use for.
+    """
+    needs_triton = [name for name, asked in (("kernels", speed.kernels), ("compile", speed.compile != "none")) if asked]
+    if needs_triton and device.type == "cuda" and not has_kernels(device):
+        raise UsageError(
+            f"speed.{needs_triton[0]} is set, which needs Triton and a GPU of compute capability 8.0 or newer",
+            hint=f"install triton (RTX 30xx, A100 and newer can use it), or leave out speed.{needs_triton[0]}",
+        )
+    if speed.channels_last or speed.kernels or speed.fused_qkv:
+        from aquatint.models.sdxl import speed as ways
+
+        for asked, use in (
+            (speed.channels_last, ways.use_channels_last),
+            (speed.kernels, partial(ways.use_kernels, lean=lean)),
+            (speed.fused_qkv, ways.use_fused_qkv),
+        ):
+            if asked:
+                use(unet)
+
+
+def compile_as_asked(unet: Any, speed: Speed) -> None:
+    """After checkpointing, so that what is computed again is computed by compiled blocks. Raises UsageError for a torch that is too old."""
+    if speed.compile == "blocks":
+        from aquatint.models.sdxl import speed as ways
+
+        if not ways.can_compile_exactly():
+            raise UsageError(
+                f"speed.compile is set, but torch {torch.__version__} may compile the same blocks to other arithmetic the next time",
+                hint="install a newer torch, or leave out speed.compile: a resumed run could not go on exactly",
+            )
+        ways.compile_blocks(unet, speed.num_shapes)

@@ -116,7 +116,7 @@ def _plot_learning_rate(config: Config, path: Path) -> Drawn:
 
 
 def samples_per_step(config: Config) -> int:
-    return config.training.batch_size * config.training.accumulation_steps
+    return config.training.per_step
 
 
 def shapes_on_offer(config: Config) -> tuple[Shape, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,10 +21,14 @@ from aquatint.errors import AquatintError, DataError, Problem, StorageError
 from aquatint.models.adapter_files import check_adapter
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.models.sdxl.model import ModelSpec
-from aquatint.planning.disk import cache_bytes_per_picture, checkpoint_bytes, exported_part
+from aquatint.optim.library import missing_package
+from aquatint.planning.batch import is_open, with_batch_size
+from aquatint.planning.disk import cache_bytes_per_picture, checkpoint_bytes, exported_part, vae_checkpoint_bytes, vae_export_bytes
 from aquatint.planning.groups import group_findings
+from aquatint.planning.main_memory import machine_bytes, plan_main_memory, shortage
+from aquatint.planning.memory import on_gpu
 from aquatint.planning.sources import Listing, is_remote, list_source, sources_of
-from aquatint.planning.trained import adapter_spec, trainable_shapes
+from aquatint.planning.trained import adapter_spec, trainable_shapes, weight_shapes
 from aquatint.storage import check_writable, free_bytes
 from aquatint.training.process import conflicts, remarks
 
@@ -71,12 +75,34 @@ def inspect(found: Inspection) -> Inspection:
         _inspect_folders(found)
         if base is not None:
             _inspect_space(found, base.spec, num_pictures)
+            _inspect_main_memory(found, base.spec)
     _inspect_packages(found)
     found.notices += [f"{remark.message}: {remark.hint}" for remark in find(REMARKS, found.config, found.broken)]
     return found
 
 
-def _inspect_base(found: Inspection) -> BaseModel | None:
+def inspect_vae(found: Inspection) -> Inspection:
+    """The same for `aquatint train-vae`, which reads pictures alone, encodes nothing ahead, and has a folder of its own."""
+    base = _open_base(found) if found.knows("model.base") else None
+    _list_sources(found)
+    if found.knows("vae_training.perceptual_model"):
+        _inspect_perceptual(found)
+    if found.knows("run.folder", "run.name", "cache.folder"):
+        _inspect_folders(found)
+        if base is not None:
+            _inspect_vae_space(found, base.spec)
+    _inspect_trackers(found)
+    return found
+
+
+def _inspect_perceptual(found: Inspection) -> None:
+    path = found.config.vae_training.perceptual_model
+    if path is not None and not path.is_file():
+        hint = "check the spelling; relative paths start at the config file, and docs/vae.md says how to make it"
+        found.problem("vae_training.perceptual_model", f"there is no file {path}", hint)
+
+
+def _open_base(found: Inspection) -> BaseModel | None:
     section = found.config.model
     try:
         base = open_base(section.base, section.vae)
@@ -85,14 +111,21 @@ def _inspect_base(found: Inspection) -> BaseModel | None:
         found.problem(key, error.message, error.hint)
         return None
     found.looked_at.append(f"base model: {base.path}: SDXL, {base.layout.replace('_', ' ')}, {base.process.words()}")
+    return base
+
+
+def _inspect_base(found: Inspection) -> BaseModel | None:
+    base = _open_base(found)
+    if base is None:
+        return None
     if found.knows("model", "samples", "noise", "timesteps", "diffusion"):
         against = list(conflicts(found.config, base))
         for conflict in against:
             found.problem(conflict.key, conflict.message, conflict.hint)
         found.notices += [] if against else remarks(found.config, base)
-    if found.knows("adapter"):
+    if found.knows("adapter", "text_encoders"):
         _inspect_start(found, base)
-    if found.knows("adapter", "training.groups"):
+    if found.knows("adapter", "text_encoders", "training.groups"):
         for finding in group_findings(found.config, trainable_shapes(found.config, base.spec)):
             found.problem(finding.keys[0], finding.message, finding.hint)
     return base
@@ -104,7 +137,7 @@ def _inspect_start(found: Inspection, base: BaseModel) -> None:
     if spec is None or path is None:
         return
     try:
-        check_adapter(path, base.spec.shapes("unet"), spec)
+        check_adapter(path, weight_shapes(found.config, base.spec), spec)
     except AquatintError as error:
         found.problem("adapter.start_from", error.message, error.hint)
     else:
@@ -199,7 +232,7 @@ def _inspect_amount(found: Inspection, listings: dict[int, Listing]) -> None:
     training, sources = found.config.training, found.config.data.sources
     if len(listings) < len(sources):
         return  # there may be more in those that could not be looked at
-    per_step = training.batch_size * training.accumulation_steps
+    per_step = training.per_step
     num_pictures = sum(listing.num_pictures for index, listing in listings.items() if sources[index].role != "validation")
     if 0 < num_pictures < per_step and found.knows("training.batch_size", "training.accumulation_steps"):
         found.notices.append(
@@ -238,7 +271,21 @@ def _inspect_space(found: Inspection, spec: ModelSpec, num_pictures: int) -> Non
         "run.folder": max(0, checkpoints + exports - size_of(config.run.folder / config.run.name)),
         "cache.folder": max(0, cache - size_of(config.cache.folder)),
     }
-    parts = f"{keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}, cache {gib(cache)}"
+    _inspect_disks(found, folders, needs, f"{keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}, cache {gib(cache)}")
+
+
+def _inspect_vae_space(found: Inspection, spec: ModelSpec) -> None:
+    """The same for `train-vae`, which adds nothing to the cache."""
+    config, one = found.config, vae_checkpoint_bytes(spec)
+    keep, exports = config.checkpoints.keep, vae_export_bytes(config, spec)
+    there = size_of(config.run.folder / f"{config.run.name}-vae")
+    need = max(0, one * (keep + 1) + exports - there)
+    parts = f"{keep} + 1 checkpoints of {gib(one)}, export {gib(exports)}"
+    _inspect_disks(found, {"run.folder": config.run.folder}, {"run.folder": need}, parts)
+
+
+def _inspect_disks(found: Inspection, folders: Mapping[str, Path], needs: Mapping[str, int], parts: str) -> None:
+    """What the folders of these settings still need, against the space on their disks. `parts` says what it is made of."""
     disks: dict[int, list[str]] = {}
     for key, folder in folders.items():
         disks.setdefault(_existing(folder).stat().st_dev, []).append(key)
@@ -251,6 +298,16 @@ def _inspect_space(found: Inspection, spec: ModelSpec, num_pictures: int) -> Non
             found.problem(keys[0], message, f"free some space, choose another disk, or lower `checkpoints.keep` ({parts})")
 
 
+def _inspect_main_memory(found: Inspection, spec: ModelSpec) -> None:
+    """Says so if a run on a GPU wants more main memory than there is; that of a run on a CPU is for `plan`, which takes longer."""
+    config = found.config
+    if not on_gpu(config):
+        return
+    whole = with_batch_size(config, config.training.per_step) if is_open(config) else config
+    if lack := shortage(plan_main_memory(whole, spec), machine_bytes()):
+        found.notices.append(f"{lack}: `aquatint plan` shows what for")
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder; 0 if it is not there."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
@@ -261,13 +318,19 @@ def gib(value: float) -> str:
     return f"{value / GIB:,.1f} GiB" if value >= GIB / 20 else f"{value / MIB:,.1f} MiB"
 
 
-def _inspect_packages(found: Inspection) -> None:
+def _inspect_trackers(found: Inspection) -> None:
     tracking = found.config.tracking
     wanted = {"tracking.tensorboard": ("tensorboard", tracking.tensorboard), "tracking.wandb.enabled": ("wandb", tracking.wandb.enabled)}
     for key, (package, needed) in wanted.items():
         if needed and find_spec(package) is None:
             hint = f"`pip install aquatint[{package}]`, or leave out `{key}`; metrics.jsonl is always written"
             found.problem(key, f"`{key}` needs the package {package}, which is not installed", hint)
+
+
+def _inspect_packages(found: Inspection) -> None:
+    _inspect_trackers(found)
+    if found.knows("optimizer.name") and (missing := missing_package(found.config.optimizer.name)) is not None:
+        found.problem("optimizer.name", *missing)
     if found.config.cache.engine == "ray" and find_spec("ray") is None:
         hint = '`pip install aquatint[ray]`, or set `cache.engine = "processes"` for several GPUs of one machine'
         found.problem("cache.engine", '`cache.engine = "ray"` needs the package ray, which is not installed', hint)

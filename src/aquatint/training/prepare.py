@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from aquatint.config.schema import Config
+from aquatint.config.text_rules import trains_text
 from aquatint.data.cache import FILE_CHANGED, NOT_FINITE, CaptionEncoder, LatentEncoder, build_latents, build_masks, build_texts
 from aquatint.data.engines import Engine, choose_engine
 from aquatint.data.loader import Entries
@@ -191,6 +192,8 @@ class _Build:
         return {"batch_size": self.config.cache.batch_size, "shard_entries": self.config.cache.shard_entries}
 
     def _texts(self) -> None:
+        if trains_text(self.config):
+            return
         texts = [(side.texts, side.samples.text_keys) for side in self.sides]
         missing = [text for texts, keys in texts for text, there in zip(texts, self.stores.texts.has(keys), strict=True) if not there]
         missing += [text for text, key in self.layout.prompts.items() if key not in self.stores.texts]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from aquatint.config.check import encodes_online
+from aquatint.config.check import renders_online
 from aquatint.config.schema import Config
 from aquatint.data import crop as cropping
 from aquatint.data.bucket_plot import plot_buckets
@@ -234,7 +234,7 @@ def summary(config: Config, layout: Layout, looks: dict[int, Look]) -> Summary:
         ("trained", f"{len(samples):,}"),
         ("held out", f"{len(layout.held_out.rows):,}" if not layout.held_out_is_trained else "none"),
         ("buckets", f"{len(layout.report)}"),
-        ("captions", "rendered anew at every step" if encodes_online(config.captions) else f"{len(set(layout.train.texts)):,} to encode"),
+        ("captions", "rendered anew at every step" if renders_online(config) else f"{len(set(layout.train.texts)):,} to encode"),
         ("crops", crops_text(config, samples)),
         ("looked at", f"{len(looks):,}"),
     )

@@ -15,19 +15,23 @@ from aquatint.config.sections.looks import ExportSection
 from aquatint.data.image import contact_sheet, save_png
 from aquatint.errors import UsageError
 from aquatint.models.adapters import attach, merged
+from aquatint.models.sdxl.conditioning import TextEncoders, take_off_unheard
 from aquatint.models.sdxl.load import BaseModel, open_base
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, is_text
 from aquatint.planning.shapes import sample_size
-from aquatint.planning.trained import adapter_spec, trained_shapes
+from aquatint.planning.trained import adapter_spec, trained_encoders, trained_shapes, weight_shapes
 from aquatint.tensor_file import LazyTensor
 from aquatint.training import checkpoint
 from aquatint.training.ema_snapshots import NOTABLE_RESIDUAL, rebuilt
 from aquatint.training.exports import export_adapter, export_model
+from aquatint.training.free_average import averages_of
 from aquatint.training.objective import Objective
 from aquatint.training.objectives import choose_objective, choose_process, sampling_schedule, sampling_steps
 from aquatint.training.parallelize import choose_device
-from aquatint.training.sampling import SampleRequest, TextEmbeds, make_samples
+from aquatint.training.sampling import Encode, SampleRequest, looked_up, make_samples
 from aquatint.utils.progress import say
 
+WEIGHT_FILES = ("unet.safetensors", "text_encoders.safetensors")  # of a checkpoint; the second only if text encoders are trained
 TAGS_FILE = "tags.json"  # of an adapter's run: how often each tag is in its captions, for the metadata of the LoRA
 
 
@@ -41,23 +45,50 @@ def trained_weights(config: Config, name: str | None, *, averaged: bool = True) 
             f"there is no checkpoint {name or ''} in {checkpoints}".replace("  ", " "),
             hint=f"checkpoints there: {known}; `aquatint train` makes them",
         )
-    table = "ema" if averaged and (path / "ema.safetensors").exists() else "unet"
-    return path, checkpoint.lazy_weights(path / f"{table}.safetensors")
+    files = [path / "ema.safetensors"] if averaged and (path / "ema.safetensors").exists() else list(map(path.joinpath, WEIGHT_FILES))
+    weights = [checkpoint.lazy_weights(file) for file in files if file.exists()]
+    named = {name: tensor for table in weights for name, tensor in table.items()}
+    if averaged and config.optimizer.name == "schedule_free":
+        state = checkpoint.lazy_weights(path / "optimizer.safetensors")
+        return path, averages_of(named, state, config.optimizer.betas[0])
+    return path, named
 
 
-@torch.no_grad()
 def load_unet(config: Config, base: BaseModel, checkpoint_name: str | None, device: torch.device) -> torch.nn.Module:
     """The UNet to draw with: the base's, or with a checkpoint's weights, the average or the raw ones as `samples.weights` says."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     unet = base.load_unet(dtype)
     if checkpoint_name is not None:
-        path, weights = trained_weights(config, checkpoint_name, averaged=config.samples.weights == "average")
-        check_fits(config, base, path, weights)
-        if (spec := adapter_spec(config)) is not None:
-            attach(unet, spec, dtype)
-        for name, tensor in weights.items():
-            unet.get_parameter(name).copy_(tensor.load())
+        weights = _drawing_weights(config, base, checkpoint_name)
+        _fill(config, unet, {name: tensor for name, tensor in weights.items() if not is_text(name)}, dtype)
     return unet.to(device).eval()  # type: ignore[no-any-return]
+
+
+def load_caption_encoder(config: Config, base: BaseModel, checkpoint_name: str | None, device: torch.device) -> TextEncoders:
+    """The text encoders that go with `load_unet`, in float32."""
+    encoder = base.caption_encoder(device)
+    if checkpoint_name is not None and (trained := trained_encoders(config)):
+        take_off_unheard(encoder.clip)
+        modules = dict(zip(TEXT_ENCODERS, (encoder.clip, encoder.bigg), strict=True))
+        weights = _drawing_weights(config, base, checkpoint_name)
+        named = {name: tensor for name, tensor in weights.items() if is_text(name)}
+        _fill(config, torch.nn.ModuleDict({name: modules[name] for name in trained}), named, torch.float32)
+    return encoder
+
+
+def _drawing_weights(config: Config, base: BaseModel, checkpoint_name: str) -> dict[str, LazyTensor]:
+    path, weights = trained_weights(config, checkpoint_name, averaged=config.samples.weights == "average")
+    check_fits(config, base, path, weights)
+    return weights
+
+
+@torch.no_grad()
+def _fill(config: Config, model: torch.nn.Module, weights: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
+    """Puts trained weights into a model, with adapters beside its layers if they are those of an adapter."""
+    if (spec := adapter_spec(config)) is not None:
+        attach(model, spec, dtype)
+    for name, tensor in weights.items():
+        model.get_parameter(name).copy_(tensor.load())
 
 
 def check_fits(config: Config, base: BaseModel, path: Path, weights: Mapping[str, LazyTensor]) -> None:
@@ -79,13 +110,15 @@ def export_weights(
     What groups froze is the base's.
     """
     spec, process, resolution = adapter_spec(config), choose_process(config, base), config.buckets.resolution
+    origin = base.tensors(("unet", *trained_encoders(config)))
     if spec is None:
-        return export_model(base, {**base.component("unet"), **weights}, target, section, config.run.name, process, resolution)
+        return export_model(base, {**origin, **weights}, target, section, config.run.name, process, resolution)
     tags = config.run.folder / config.run.name / TAGS_FILE
     frequency = json.loads(tags.read_text()) if tags.exists() else {}
-    written = export_adapter(base, weights, spec, target, section, config.run.name, process, resolution, frequency)
+    shapes = weight_shapes(config, base.spec)
+    written = export_adapter(base, weights, spec, shapes, target, section, config.run.name, process, resolution, frequency)
     if section.merged:
-        whole = merged(base.component("unet"), weights, spec)
+        whole = {**origin, **merged({name: origin[name] for name in shapes}, weights, spec)}
         written += export_model(base, whole, target, section, config.run.name, process, resolution)
     return written
 
@@ -128,15 +161,14 @@ def sample_request(
     base: BaseModel,
     objective: Objective,
     device: torch.device,
-    embeds: dict[str, TextEmbeds],
+    encode: Encode,
     trained_size_hw: tuple[int, int],
 ) -> SampleRequest:
-    """The prompts of the config with their embeddings, by prompt; in the trained size if the config names none."""
+    """The prompts of the config and what encodes them; in the trained size if the config names none."""
     section, process = config.samples, choose_process(config, base)
     height, width = trained_size_hw if section.height is None or section.width is None else (section.height, section.width)
     return SampleRequest(
-        base=base, device=device, prompts=section.prompts, positives=tuple(embeds[prompt] for prompt in section.prompts),
-        negative=None if section.negative_prompt is None else embeds[section.negative_prompt],
+        base=base, device=device, prompts=section.prompts, negative_prompt=section.negative_prompt, encode=encode,
         height=height, width=width, schedule=sampling_schedule(config, process, (height, width), objective),
         steps=sampling_steps(config, process), seed=section.seed,
     )  # fmt: skip
@@ -149,9 +181,9 @@ def sample_pictures(config: Config, checkpoint_name: str | None = None) -> np.nd
     unet = load_unet(config, base, checkpoint_name, device)
     section = config.samples
     texts = sorted({"", *section.prompts, *([section.negative_prompt] if section.negative_prompt is not None else [])})
-    embeds = dict(zip(texts, base.caption_encoder(device).encode(texts), strict=True))
+    embeds = dict(zip(texts, load_caption_encoder(config, base, checkpoint_name, device).encode(texts), strict=True))
     objective = choose_objective(config, base)
-    return make_samples(unet, objective, sample_request(config, base, objective, device, embeds, sample_size(config)))
+    return make_samples(unet, objective, sample_request(config, base, objective, device, looked_up(embeds), sample_size(config)))
 
 
 def sample_run(config: Config, prompts: list[str], checkpoint_name: str | None = None, output: Path | None = None) -> Path:

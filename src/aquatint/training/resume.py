@@ -14,8 +14,9 @@ from aquatint.storage import write_json
 FREE = (
     "run.folder", "model.base", "model.vae", "data.", "cache.", "loader.", "validation.", "samples.", "checkpoints.", "export.",
     "tracking.", "training.length", "training.device", "training.max_bad_steps", "training.dry_step", "vae_training.", "evaluation.",
-    "ema.snapshot_every", "adapter.start_from",
+    "ema.snapshot_every", "adapter.start_from", "memory.swapped_blocks", "memory.optimizer_state",
 )  # fmt: skip
+STATEFUL = ("optimizer.name", "optimizer.rounding", "optimizer.max_precond_dim")  # these say what an optimizer keeps
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -47,7 +48,7 @@ def accept_config(
     say: Callable[[str], None],
     decides: Callable[[str], bool] = decides_training,
 ) -> None:
-    """Compares the config with the run's own. Raises ResumeError for a change that was not asked for with a flag."""
+    """Compares the config with the run's own. Raises ResumeError for a change that was not asked for with a flag, or cannot be made."""
     path = folder / "config.json"
     if not resuming or not path.exists():
         return
@@ -56,6 +57,11 @@ def accept_config(
         raise ResumeError(
             f"the run in {folder} was started with other settings: " + "; ".join(found),
             hint="set them back, add --accept-changes to go on with the new ones, or start another run with run.name=...",
+        )
+    if other := [change for change in found if change.startswith(STATEFUL)]:
+        raise ResumeError(
+            f"what the optimizer has gathered in {folder} is of no use with another: " + "; ".join(other),
+            hint="set it back, or start another run, with run.name=... and a model.base that `aquatint export` makes of this one",
         )
     for change in found:
         say(f"changed: {change}")

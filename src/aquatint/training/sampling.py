@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,22 @@ from aquatint.models.sdxl.load import BaseModel
 from aquatint.training.objective import Objective
 
 TextEmbeds = tuple[torch.Tensor, torch.Tensor]  # prompt_embeds (77 n, D), pooled (P,)
+Encode = Callable[[Sequence[str]], Sequence[TextEmbeds]]
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to make. `negative` is None for the zero unconditional. `base` lends the autoencoder while pictures are made.
+    """What to make. `negative_prompt` is None for the zero unconditional. `base` lends the autoencoder while pictures are made.
 
-    `schedule` is the one that is sampled: it may be the trained one with other ends.
+    `encode` gives the embeddings of texts, as they are when pictures are made. `schedule` is the one that is sampled: it may be the
+    trained one with other ends.
     """
 
     base: BaseModel
     device: torch.device
     prompts: tuple[str, ...]
-    positives: tuple[TextEmbeds, ...]
-    negative: TextEmbeds | None
+    negative_prompt: str | None
+    encode: Encode
     height: int
     width: int
     schedule: Schedule
@@ -42,21 +44,28 @@ class SampleRequest:
     batch_size: int = 8
 
 
+def looked_up(embeds: Mapping[str, TextEmbeds]) -> Encode:
+    """What encodes texts that were encoded before."""
+    return lambda texts: [embeds[text] for text in texts]
+
+
 def make_samples(unet: Any, objective: Objective, request: SampleRequest) -> np.ndarray:
     """One picture per prompt, uint8 (B, H, W, 3). The noise depends on the seed and the prompt's place in the list."""
     vae = request.base.load_vae(torch.float32).to(request.device)
+    positives = request.encode(request.prompts)
+    unwanted = None if request.negative_prompt is None else request.encode([request.negative_prompt])[0]
     pictures = []
-    for indices in same_length(request.positives, request.batch_size):
-        negative = request.negative and stack([request.negative] * len(indices), request.device)
+    for indices in same_length(positives, request.batch_size):
+        negative = unwanted and stack([unwanted] * len(indices), request.device)
         pictures.append(
             generate(
                 unet, vae, request.schedule, objective.prediction,
-                stack([request.positives[i] for i in indices], request.device), negative,
+                stack([positives[i] for i in indices], request.device), negative,
                 steps=request.steps, seed=request.seed, positions=indices, height=request.height, width=request.width,
                 sigma_data=objective.sigma_data, scaling=objective.scaling, autocast=request.autocast,
             )
         )  # fmt: skip
-    order = [i for indices in same_length(request.positives, request.batch_size) for i in indices]
+    order = [i for indices in same_length(positives, request.batch_size) for i in indices]
     return np.concatenate(pictures)[np.argsort(order)]
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from aquatint.data.batch import Batch
-from aquatint.optim.adamw import AdamW
 from aquatint.optim.clipping import Clipping, is_finite, tensor_norms, whole_norm
+from aquatint.optim.create import AnyOptimizer
 from aquatint.optim.fused import FusedBackward
-from aquatint.optim.tensorwise import TensorwiseOptimizer
 from aquatint.training.adaptation import Adaptation
 from aquatint.training.ema import Ema
+from aquatint.training.free_average import FreeAverage
 from aquatint.training.objective import Objective, denoise, sample_losses
+from aquatint.training.text_training import TextTraining
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Parts:
     """Everything of a run that has weights or moves them. The tables of its objective are on its device."""
 
     unet: torch.nn.Module
-    optimizer: AdamW | TensorwiseOptimizer
-    ema: Ema | None
+    optimizer: AnyOptimizer
+    ema: Ema | FreeAverage | None
     objective: Objective
     learning_rate: Callable[[int], float]  # optimizer step, from 0 -> learning rate
     autocast: bool
@@ -40,6 +41,8 @@ class Parts:
     """The base model as it was, for the loss outside of masks."""
     fused: FusedBackward | None = None
     """Steps the optimizer from inside the backward pass."""
+    texts: TextTraining | None = None
+    """The text encoders if one of them is trained; batches then come with captions alone."""
 
     def __post_init__(self) -> None:
         self.objective = self.objective.to(self.device)
@@ -132,7 +135,8 @@ def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> Pending:
 
     If the loss or the gradient is not finite, no weight, average or moment is changed. With steps inside the backward pass that holds
     for the loss; a gradient that is not finite leaves out its own unit and the averages, but not the other units.
-    The host reads nothing of the device, but with an adaptation, which follows the losses, or with averages in main memory.
+    The host reads nothing of the device, but with an adaptation, which follows the losses, or with averages in main memory. It may wait
+    for it while captions are encoded.
     """
     learning_rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
@@ -142,7 +146,7 @@ def train_step(parts: Parts, batches: Sequence[Batch], step: int) -> Pending:
     found = []
     for index, batch in enumerate(placed):
         batch = batch.to(parts.device)
-        losses, weighted, minimised = losses_of(parts, batch)
+        losses, weighted, minimised = losses_of(parts, batch, step)
         share = minimised.sum() / samples
         loss = share.detach() if loss is None else loss + share.detach()
         if parts.fused is not None and index == len(placed) - 1:
@@ -171,12 +175,18 @@ def sent(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return here, arrived
 
 
-def losses_of(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def losses_of(parts: Parts, batch: Batch, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Of each sample (B,): its loss, that with its weights, and what is minimised."""
+    batch = told(parts, batch, step)
     found = denoise(parts.unet, parts.objective, batch, autocast=parts.autocast, frozen=parts.frozen)
     losses = sample_losses(parts.objective, batch, found)
     weighted = parts.objective.weights[batch.timesteps] * batch.loss_weights * losses
     return losses, weighted, weighted if parts.adaptation is None else parts.adaptation.weighed(weighted, batch.timesteps)
+
+
+def told(parts: Parts, batch: Batch, step: int = 0) -> Batch:
+    """The batch as the UNet gets it: with embeddings of its captions, if a text encoder is trained."""
+    return batch if parts.texts is None else parts.texts.told(batch, step)
 
 
 def move_weights(parts: Parts, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from aquatint.data.sampler import Order
 from aquatint.errors import DataError, Interrupted
 from aquatint.models.patchgan import build_discriminator
 from aquatint.models.perceptual import load_perceptual
+from aquatint.models.recompute import recompute
 from aquatint.models.sdxl.export import export_decoder, export_vae, modelspec_metadata
 from aquatint.models.sdxl.load import BaseModel, open_base
 from aquatint.optim.lr import learning_rate_factor
@@ -30,6 +31,7 @@ from aquatint.tracking.curves import plot_losses
 from aquatint.tracking.tracker import Tracker
 from aquatint.training import checkpoint
 from aquatint.training.build import environment, open_trackers
+from aquatint.training.dry_step import wants_dry_step
 from aquatint.training.ema import Ema
 from aquatint.training.find import find_pictures, opener_of, read_quarantine
 from aquatint.training.parallelize import choose_device
@@ -38,6 +40,7 @@ from aquatint.training.saver import Saver, share_of_memory
 from aquatint.training.state import Every, TrainState
 from aquatint.training.tasks import timings_action
 from aquatint.training.trainer import Run, Task, TrainResult, graceful_stop, train
+from aquatint.training.vae_dry_step import try_vae_step
 from aquatint.training.vae_looks import MAX_SHOWN, Sheet, decoded, log_action, sheet_action, validate_action
 from aquatint.training.vae_pictures import CropReader, CropStream, PictureBatch, by_source
 from aquatint.training.vae_step import Adversary, DecoderLoss, VaeParts, trained_parts, vae_step
@@ -134,6 +137,8 @@ def build_vae_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, 
     lengths = {"samples_per_step": section.batch_size, "samples_per_epoch": data.samples_per_epoch}
     total_steps = section.length.in_steps(**lengths)
     parts = build_parts(config, base, loss, lengths)
+    if wants_dry_step(config, parts.device):
+        try_vae_step(parts, section.batch_size, section.resolution)
     shown = data.shown()
     sheet = Sheet(shown, decoded(parts, shown))  # with the base's own decoder, whatever a checkpoint has
     digest = hashlib.sha256(f"{data.stream.digest} {base.digest('vae')}".encode()).hexdigest()
@@ -198,8 +203,7 @@ def build_parts(config: Config, base: BaseModel, loss: DecoderLoss, lengths: dic
     section = config.vae_training
     device = choose_device(config.training.device)
     vae = base.load_vae(torch.float32)
-    if config.training.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
+    recompute(vae, config.training.gradient_checkpointing)
     decoder = trained_parts(vae.to(device))
     adversary = None
     if section.adversarial_weight > 0:

@@ -138,16 +138,11 @@ def vae_step(parts: VaeParts, batches: Sequence[PictureBatch], step: int) -> Vae
     Both go from the same decoded pictures, so the discriminator judges what the decoder was before this step.
     """
     (batch,) = (one.to(parts.device) for one in batches)
-    output = reconstruct(parts, batch)
-    losses = parts.loss.parts(output, batch.images)
-    loss = parts.loss.total(losses)
     adversary = parts.adversary if parts.adversary is not None and step >= parts.adversary.start_step else None
-    pull, more = _adversarial(parts, adversary, output, loss) if adversary else (torch.zeros_like(loss), {})
+    loss, pull, losses, more = passes(parts, batch, adversary)
     own = list(parts.decoder.parameters())
-    (loss + pull).backward(inputs=own)
     moved = [(parts.optimizer, own)]
     if adversary is not None:
-        more["discriminator_loss"] = _judge(adversary, batch.images, output.detach())
         moved.append((adversary.optimizer, list(adversary.discriminator.parameters())))
     norms = [gradient_norm(parameters) for _, parameters in moved]
     finite = bool(torch.isfinite(torch.stack([loss + pull, *more.values(), *norms]).detach()).all())
@@ -165,6 +160,20 @@ def vae_step(parts: VaeParts, batches: Sequence[PictureBatch], step: int) -> Vae
         loss=loss.item(), gradient_norm=norms[0].item(), learning_rate=learning_rate, finite=finite,
         samples=len(batch.names), names=batch.names, figures=figures,
     )  # fmt: skip
+
+
+def passes(
+    parts: VaeParts, batch: PictureBatch, adversary: Adversary | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Forward and backward: the loss, what the discriminator adds to it, the parts of the one, and those of the other."""
+    output = reconstruct(parts, batch)
+    losses = parts.loss.parts(output, batch.images)
+    loss = parts.loss.total(losses)
+    pull, more = _adversarial(parts, adversary, output, loss) if adversary else (torch.zeros_like(loss), {})
+    (loss + pull).backward(inputs=list(parts.decoder.parameters()))
+    if adversary is not None:
+        more["discriminator_loss"] = _judge(adversary, batch.images, output.detach())
+    return loss, pull, losses, more
 
 
 def _adversarial(parts: VaeParts, adversary: Adversary, output: Tensor, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

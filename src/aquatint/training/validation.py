@@ -21,19 +21,23 @@ from aquatint.data.samples import Samples
 from aquatint.diffusion.noise import draw_noise
 from aquatint.diffusion.timesteps import midpoint_timesteps
 from aquatint.training.objective import Objective, denoise, squared_errors
-from aquatint.training.step import Parts
+from aquatint.training.step import Parts, told
 
 Table = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The pictures, where their entries are, and the timesteps that each is measured at."""
+    """The pictures, where their entries are, and the timesteps that each is measured at.
+
+    `texts` are those of `samples`, if none is in the cache because a text encoder is trained.
+    """
 
     entries: Entries
     samples: Samples
     timesteps: tuple[int, ...]
     batch_size: int
+    texts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def validation_batches(chosen: ValidationSet) -> Iterator[Batch]:
         pairs = [(row, k) for row in bucket for k in range(len(chosen.timesteps))]
         for start in range(0, len(pairs), chosen.batch_size):
             part = pairs[start : start + chosen.batch_size]
-            batch = chosen.entries.fixed(chosen.samples, [row for row, _ in part])
+            batch = chosen.entries.fixed(chosen.samples, [row for row, _ in part], chosen.texts)
             shape = tuple(batch.latents.shape[1:])
             keys = [(chosen.samples.latent_key(row, 0).hex(), k) for row, k in part]
             noise = torch.cat([draw_noise(0, f"validation/{key}", [k], shape) for key, k in keys])
@@ -70,7 +74,7 @@ def measure(parts: Parts, chosen: ValidationSet) -> Errors:
     """The errors of all pictures, with the weights as they are."""
     columns: list[tuple[Table, Table]] = [(np.empty(0), np.empty(0))]
     for batch in validation_batches(chosen):
-        placed = batch.to(parts.device)
+        placed = told(parts, batch.to(parts.device))
         found = denoise(parts.unet, parts.objective, placed, autocast=parts.autocast)
         errors = squared_errors(parts.objective, placed, found).double().cpu().numpy()
         columns.append((errors, errors / _errors_of_x0(parts.objective, batch)))

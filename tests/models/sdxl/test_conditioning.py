@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from aquatint.models.sdxl.conditioning import TextEncoders, time_ids_tensor
+from aquatint.models.sdxl.conditioning import TextEncoders, take_off_unheard, time_ids_tensor
 from aquatint.models.sdxl.load import open_base
 from aquatint.models.sdxl.model import build_unet, sdxl_spec
 from aquatint.models.sdxl.tokenizer import PAD, PAD_2, chunk, padded
@@ -138,3 +138,12 @@ def test_methods_7_the_six_sizes_become_1536_numbers():
     vector = sinusoids(1024, 1024, 0, 0, 1024, 1024).flatten()
     assert vector.numel() == 1536
     assert vector.sum().item() == pytest.approx(435.7508769, abs=5e-3)
+
+
+def test_without_the_layers_that_are_not_heard_embeddings_keep_every_bit(tiny_base, encoders):
+    base = open_base(tiny_base)
+    fewer = base.caption_encoder("cpu")
+    take_off_unheard(fewer.clip)
+    assert {name: tuple(tensor.shape) for name, tensor in fewer.clip.state_dict().items()} == base.spec.heard_shapes("text_encoder")
+    for one, other in zip(fewer.encode(CAPTIONS), encoders.encode(CAPTIONS), strict=True):
+        assert all(map(torch.equal, one, other))

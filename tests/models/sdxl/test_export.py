@@ -10,7 +10,7 @@ from aquatint.models.sdxl.export import export_diffusers, export_single_file, mo
 from aquatint.models.sdxl.load import SPEC_KEY, open_base
 from aquatint.models.sdxl.markers import scheduler_config
 from aquatint.models.sdxl.process import Process
-from aquatint.models.sdxl.shapes import COMPONENTS
+from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, TEXT_ENCODERS
 from aquatint.tensor_file import TensorFile, as_bytes
 from tests.models.sdxl.small import small_spec
 
@@ -172,3 +172,18 @@ def test_the_scheduler_config_says_what_was_trained(prediction, zero_terminal_sn
         spacing,
     )
     assert (config["beta_start"], config["beta_end"], config["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
+
+
+def test_trained_text_encoders_come_back_from_both_layouts(small_base, tmp_path):
+    """Queries, keys and values of bigG become one tensor and three again; what is in every file and used by nothing stays as it is."""
+    origin = {name: tensor.load() for name, tensor in small_base.tensors(("unet", *TEXT_ENCODERS)).items()}
+    carried = {f"{encoder}.{CARRIED[encoder]}" for encoder in TEXT_ENCODERS}
+    trained = {name: tensor if name in carried else tensor + 1 for name, tensor in origin.items()}
+    export_single_file(tmp_path / "trained.safetensors", small_base, trained, dtype=torch.float16, **EPSILON)
+    export_diffusers(tmp_path / "trained", small_base, trained, dtype=torch.float16, **EPSILON)
+    for path in (tmp_path / "trained.safetensors", tmp_path / "trained"):
+        found = {name: tensor.load() for name, tensor in open_base(path).tensors(("unet", *TEXT_ENCODERS)).items()}
+        assert found.keys() == trained.keys()
+        for name in found.keys() - carried:
+            assert torch.equal(found[name], trained[name].half()), name
+    assert open_base(tmp_path / "trained.safetensors").digest("vae") == small_base.digest("vae")

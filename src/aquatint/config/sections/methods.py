@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from aquatint.config.sections.fields import Section, Share
+from aquatint.config.sections.fields import Every, Section, Share
 
 
 class ModelSection(Section):
@@ -120,3 +120,12 @@ class AdapterSection(Section):
     """`attention` alone; `transformer`: every linear layer of the transformers, as sd-scripts does; `all`: convolutions too (LoCon)."""
     start_from: Path | None = None
     """Go on from this LoRA, in kohya's or diffusers' names, instead of from nothing. Its rank, layers and kind must be those set here."""
+
+
+class TextEncodersSection(Section):
+    train: tuple[Literal["text_encoder", "text_encoder_2"], ...] = ()
+    """Those that are trained beside the UNet: CLIP-L (`text_encoder`), OpenCLIP bigG (`text_encoder_2`). No caption is cached then."""
+    learning_rate_factor: Annotated[float, Field(gt=0.0, le=1000.0)] = 0.1
+    """Times `optimizer.learning_rate`, where no group fits. A tenth, since what an encoder forgets of other words shows in no loss."""
+    stop_after: Every = None
+    """Train them only so long, such as "2 epochs"; from there on they stay as they are, and the UNet goes on."""

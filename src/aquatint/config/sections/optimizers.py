@@ -1,4 +1,4 @@
-"""The optimizers and their settings."""
+"""Our optimizers and their settings, and the choice among all there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from aquatint.config.sections.fields import Section
+from aquatint.config.sections.library_optimizers import (
+    BnbAdamW8bitSection,
+    BnbLion8bitSection,
+    BnbPagedAdamW8bitSection,
+    CameSection,
+    LionSection,
+    MuonSection,
+    ProdigySection,
+    ScheduleFreeSection,
+    TorchAdafactorSection,
+    TorchaoAdamW4bitSection,
+    TorchaoAdamW8bitSection,
+    TorchaoAdamWFp8Section,
+)
 
 
 class AdamWSection(Section):
@@ -35,8 +49,8 @@ class AdamWBF16Section(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
-    kernel: Literal["auto", "none"] = "auto"
-    """`auto` updates a tensor with one Triton kernel on a GPU, where Triton is installed; `none` with plain torch. Same bits."""
+    kernel: Literal["auto", "none", "compiled"] = "auto"
+    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 100 million weights on (`compiled`: any). `none`: plain torch."""
 
 
 class AdafactorSection(Section):
@@ -63,8 +77,8 @@ class AdamW8bitSection(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
-    kernel: Literal["auto", "none"] = "auto"
-    """`auto` updates a tensor with one Triton kernel on a GPU, where Triton is installed; `none` with plain torch. Same bits."""
+    kernel: Literal["auto", "none", "compiled"] = "auto"
+    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 100 million weights on (`compiled`: any). `none`: plain torch."""
 
 
 class SoapSection(Section):
@@ -93,6 +107,18 @@ Optimizer = Annotated[
     | Annotated[AdamWBF16Section, Tag("adamw_bf16")]
     | Annotated[AdamW8bitSection, Tag("adamw8bit")]
     | Annotated[AdafactorSection, Tag("adafactor")]
-    | Annotated[SoapSection, Tag("soap")],
+    | Annotated[SoapSection, Tag("soap")]
+    | Annotated[MuonSection, Tag("muon")]
+    | Annotated[ScheduleFreeSection, Tag("schedule_free")]
+    | Annotated[ProdigySection, Tag("prodigy")]
+    | Annotated[LionSection, Tag("lion")]
+    | Annotated[CameSection, Tag("came")]
+    | Annotated[TorchAdafactorSection, Tag("torch_adafactor")]
+    | Annotated[BnbAdamW8bitSection, Tag("bnb_adamw8bit")]
+    | Annotated[BnbPagedAdamW8bitSection, Tag("bnb_paged_adamw8bit")]
+    | Annotated[BnbLion8bitSection, Tag("bnb_lion8bit")]
+    | Annotated[TorchaoAdamW8bitSection, Tag("torchao_adamw8bit")]
+    | Annotated[TorchaoAdamW4bitSection, Tag("torchao_adamw4bit")]
+    | Annotated[TorchaoAdamWFp8Section, Tag("torchao_adamw_fp8")],
     Discriminator(_optimizer_name),
 ]

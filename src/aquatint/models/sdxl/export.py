@@ -19,13 +19,13 @@ from torch import Tensor
 
 from aquatint.diffusion.standardise import LatentConvs, fold_standardisation
 from aquatint.errors import NumericalError, StorageError
-from aquatint.models.sdxl.keys import PREFIXES, Piece, original_layout, stored_shape
+from aquatint.models.sdxl.keys import PREFIXES, Piece, original_layout, published_name, stored_shape
 from aquatint.models.sdxl.load import FOLDED_KEY, SPEC_KEY, BaseModel, open_base
 from aquatint.models.sdxl.markers import markers, process_note, scheduler_config, usage_hint, vae_config
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from aquatint.models.sdxl.places import vae_places
 from aquatint.models.sdxl.process import RAW_MEAN, RAW_STD, SDXL_SCALING, STANDARDISED, VAE_SCALING_FACTOR, Process
-from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component
+from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, by_component
 from aquatint.models.sdxl.tokenizer import PAD, PAD_2, write_tokenizer_folder
 from aquatint.storage import atomic_folder, write_json
 from aquatint.tensor_file import LazyTensor, write_tensors
@@ -44,7 +44,8 @@ def export_single_file(
 ) -> str:
     """Writes the base with another UNet (internal names, any dtype and device), and returns the SHA-256 of its data in hex.
 
-    `metadata` comes on top of what `modelspec_metadata` says. Raises NumericalError when a weight does not fit in `dtype`.
+    It may have whole text encoders beside it, whose names have the encoder before them. `metadata` comes on top of what
+    `modelspec_metadata` says. Raises NumericalError when a weight does not fit in `dtype`.
     """
     return write_single_file(path, base.spec, _components(base, unet, dtype, process), process=_told(process), metadata=metadata)
 
@@ -119,7 +120,7 @@ def export_diffusers(folder: Path, base: BaseModel, unet: Tensors, *, dtype: tor
     with atomic_folder(folder) as part:
         for component, tensors in _components(base, unet, dtype, process).items():
             stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
-            named = {_folder_name(component, name): tensor for name, tensor in tensors.items() if name != CARRIED.get(component)}
+            named = {published_name(component, name): tensor for name, tensor in tensors.items() if name != CARRIED.get(component)}
             write_tensors(part / component / f"{stem}.safetensors", named, {"format": "pt"})
             write_json(
                 part / component / "config.json", {**_CLASSES[component], **getattr(base.spec, component), **extra.get(component, {})}
@@ -139,7 +140,9 @@ def _told(process: Process) -> Process:
 def _components(base: BaseModel, unet: Tensors, dtype: torch.dtype, process: Process) -> dict[Component, Tensors]:
     """The four networks as they are written, in the order of COMPONENTS."""
     components: dict[Component, Tensors] = {component: base.component(component) for component in COMPONENTS}
-    components["unet"] = _cast(unet, dtype)
+    for component, tensors in by_component(unet).items():
+        carried = {name: tensor for name, tensor in components[component].items() if name == CARRIED.get(component)}
+        components[component] = {**_cast({name: tensor for name, tensor in tensors.items() if name not in carried}, dtype), **carried}
     if process.latents == STANDARDISED:
         components["vae"] = {**components["vae"], **_folded_convs(components["vae"])}
     return components
@@ -182,11 +185,6 @@ def _load_as(name: str, value: Tensor | LazyTensor, dtype: torch.dtype) -> Tenso
             hint='set `export.dtype` to "bfloat16" or "float32"; if that does not help, export an earlier checkpoint',
         )
     return tensor
-
-
-def _folder_name(component: Component, name: str) -> str:
-    """CLIP-L's names begin with `text_model.` in every published folder; transformers leaves it out since 5.6 and reads both."""
-    return f"text_model.{name}" if component == "text_encoder" else name
 
 
 def _same(one: Process, other: Process) -> bool:

@@ -56,6 +56,14 @@ def to_original(component: Component, name: str) -> Origin:
     return _bigg_origin(prefix, name)
 
 
+def published_name(component: Component, name: str) -> str:
+    """What a diffusers folder calls an internal tensor.
+
+    CLIP-L's names begin with `text_model.` in every published folder; transformers leaves it out since 5.6 and reads both.
+    """
+    return f"text_model.{name}" if component == "text_encoder" else name
+
+
 def is_vae_matrix(name: str) -> bool:
     """Whether an internal tensor of the autoencoder is one of its attention's matrices."""
     return ".attentions." in name and name.endswith(".weight") and "group_norm" not in name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -21,10 +21,10 @@ from aquatint.errors import ModelFileError
 from aquatint.models.sdxl import detect
 from aquatint.models.sdxl.keys import original_shapes
 from aquatint.models.sdxl.markers import read_latent_scaling, read_markers, read_scheduler
-from aquatint.models.sdxl.model import ModelSpec, build_text_encoders, build_unet, build_vae, sdxl_spec
+from aquatint.models.sdxl.model import ModelSpec, build_text_encoders, build_unet, build_vae, count_positions, sdxl_spec
 from aquatint.models.sdxl.places import Place, folder_places, official_places, read_json, vae_places
 from aquatint.models.sdxl.process import Process
-from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape
+from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape, qualified
 from aquatint.tensor_file import LazyTensor, TensorFile, as_bytes, torch_dtype
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ Digested = Literal["unet", "vae", "vae_encoder", "text_encoders"]
 DIGESTED: Mapping[Digested, tuple[Component, ...]] = MappingProxyType(
     {"unet": ("unet",), "vae": ("vae",), "vae_encoder": ("vae",), "text_encoders": ("text_encoder", "text_encoder_2")}
 )
+Change = Callable[[Any], Mapping[str, Callable[[Any], None]]]
 ENCODES = ("encoder.", "quant_conv.")  # the tensors of an autoencoder that latents come from
 MAX_LAYERS = 100  # of one stack: a damaged file may claim any number
 
@@ -58,10 +59,20 @@ class BaseModel:
     places: Mapping[Component, Mapping[str, Place]] = field(repr=False)
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def load_unet(self, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
-        """The UNet on the CPU, in its file's dtype or the given one. Raises ModelFileError for weights that are not finite."""
+    def load_unet(self, dtype: torch.dtype | None = None, change: Change | None = None) -> UNet2DConditionModel:
+        """The UNet on the CPU, in its file's dtype or the given one. Raises ModelFileError for weights that are not finite.
+
+        `change` may put other modules into it before it has weights. It returns what is to be called with a weight in its file's dtype,
+        by the weight's name, for those that the UNet no longer holds.
+        """
         unet = build_unet(self.spec)
+        takers = change(unet) if change is not None else {}
         self._load_into(unet, "unet", dtype)
+        reader = _Reader(self.places["unet"], self.spec.shapes("unet"))
+        for name, take in takers.items():
+            weight = reader.read(name)
+            _check_finite(weight, self.places["unet"][name])
+            take(weight)
         return unet.eval()
 
     def load_vae(self, dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -72,14 +83,11 @@ class BaseModel:
 
     def load_text_encoders(self, dtype: torch.dtype | None = None) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
         """CLIP-L and OpenCLIP bigG on the CPU, frozen."""
-        import torch
-
         clip, bigg = build_text_encoders(self.spec)
-        for module, embeddings, component in (clip, clip.embeddings, "text_encoder"), (bigg, bigg.text_model.embeddings, "text_encoder_2"):
-            self._load_into(module, component, dtype)
-            embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).unsqueeze(0)  # not in the state dict
-            module.eval().requires_grad_(False)
-        return clip, bigg
+        self._load_into(clip, "text_encoder", dtype)
+        self._load_into(bigg, "text_encoder_2", dtype)
+        count_positions(clip, bigg)
+        return clip.eval().requires_grad_(False), bigg.eval().requires_grad_(False)
 
     def vae_encoder(self, device: torch.device | str, precision: Literal["float32", "bfloat16"]) -> VaeEncoder:
         """What the cache encodes pictures with."""
@@ -104,6 +112,10 @@ class BaseModel:
         return {
             name: LazyTensor(reader.dtype(name), shape, partial(reader.read, name)) for name, shape in self.spec.shapes(component).items()
         }
+
+    def tensors(self, components: Iterable[Component]) -> dict[str, LazyTensor]:
+        """The tensors of several networks, by the names that they are trained under."""
+        return {qualified(one, name): tensor for one in components for name, tensor in self.component(one).items()}
 
     def digest(self, component: Digested) -> str:
         """SHA-256 over names, dtypes, shapes and bytes, the same for a single file and a diffusers folder. Computed once.

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from aquatint.models.sdxl.process import SDXL_SCALING, LatentScaling
-from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape, component_shapes
+from aquatint.models.sdxl.shapes import CARRIED, COMPONENTS, Component, Shape, TextEncoder, component_shapes, heard_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,10 @@ class ModelSpec:
     def shapes(self, component: Component) -> dict[str, Shape]:
         """Internal tensor name -> shape of one network, without building it."""
         return component_shapes(component, getattr(self, component))
+
+    def heard_shapes(self, component: TextEncoder) -> dict[str, Shape]:
+        """The same for the part of a text encoder that the UNet is told anything by."""
+        return heard_shapes(component, getattr(self, component))
 
     def num_parameters(self, component: Component) -> int:
         """How many numbers a network holds, without the tensor that no module uses."""
@@ -82,6 +86,14 @@ def build_text_encoders(spec: ModelSpec) -> tuple[CLIPTextModel, CLIPTextModelWi
             CLIPTextModel(CLIPTextConfig(**spec.text_encoder)),
             CLIPTextModelWithProjection(CLIPTextConfig(**spec.text_encoder_2)),
         )
+
+
+def count_positions(clip: CLIPTextModel, bigg: CLIPTextModelWithProjection) -> None:
+    """Gives both encoders the numbers of their positions, which are in no file and not on the meta device."""
+    import torch
+
+    for embeddings in (clip.embeddings, bigg.text_model.embeddings):
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).unsqueeze(0)
 
 
 def predict(

@@ -6,13 +6,16 @@ parameters with this, and a file is checked against it before anything is loaded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 Shape = tuple[int, ...]
 Entry = tuple[str, Shape]
+T = TypeVar("T")
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+TextEncoder = Literal["text_encoder", "text_encoder_2"]
 COMPONENTS: tuple[Component, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS: tuple[TextEncoder, ...] = ("text_encoder", "text_encoder_2")
 # In every official file and used by nothing: carried from the base to the export, byte for byte.
 CARRIED: dict[Component, str] = {"text_encoder": "embeddings.position_ids", "text_encoder_2": "logit_scale"}
 
@@ -28,6 +31,37 @@ def component_shapes(component: Component, config: dict[str, Any]) -> dict[str, 
     shapes = {f"text_model.{name}": shape for name, shape in _text_model(config)}
     shapes["text_projection.weight"] = (config["projection_dim"], config["hidden_size"])
     return {**shapes, CARRIED[component]: ()}
+
+
+def heard_shapes(component: TextEncoder, config: dict[str, Any]) -> dict[str, Shape]:
+    """The tensors of a text encoder that the UNet is told anything by.
+
+    It reads the state before CLIP-L's last layer, and so nothing of that layer and of the norm after it. Of bigG it is told that
+    state and what comes out at the end.
+    """
+    unheard: tuple[str, ...] = (CARRIED[component],)
+    if component == "text_encoder":
+        unheard = (*unheard, f"encoder.layers.{config['num_hidden_layers'] - 1}.", "final_layer_norm.")
+    return {name: shape for name, shape in component_shapes(component, config).items() if not name.startswith(unheard)}
+
+
+def qualified(component: Component, name: str) -> str:
+    """What a tensor is called among all that a run can train: a text encoder stands before its own, and the UNet's are as they are."""
+    return name if component == "unet" else f"{component}.{name}"
+
+
+def is_text(name: str) -> bool:
+    """Whether a tensor that is called so is one of a text encoder."""
+    return name.startswith(TEXT_ENCODERS)
+
+
+def by_component(tensors: Mapping[str, T]) -> dict[Component, dict[str, T]]:
+    """The same tensors by network and internal name; `unet` is always there."""
+    found: dict[Component, dict[str, T]] = {"unet": {}}
+    for name, tensor in tensors.items():
+        encoder = next((one for one in TEXT_ENCODERS if name.startswith(f"{one}.")), None)
+        found.setdefault(encoder or "unet", {})[name if encoder is None else name.removeprefix(f"{encoder}.")] = tensor
+    return found
 
 
 def _linear(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Iterator[Entry]:
