@@ -1,14 +1,16 @@
 """How fast is the cache written and read, next to the ways other trainers keep theirs?
 
-    taskset -c 0 python benchmarks/cache_io.py [FOLDER]
+    taskset -c 0 python -m benchmarks.cache_io [FOLDER]
 
 keeps the same samples (mean and standard deviation 8x128x128, text 77x2048 + 1280, float16, random) in our shards, in an
-npz per picture and one per caption as sd-scripts does (latents in float32), in a .pt each, and back to back in one
-file. All of them are read in turns by one process, in a new random order every round, from warm and from cold files;
-what is read is a dict of tensors. Ours proves a checksum each time; npz checks a CRC; .pt and the bare file check nothing.
-Files are written in turns too; only ours are certain to be on the disk when the clock stops. FOLDER is for scratch (2 GB).
-Everything is timed by the clock and by the processor time of this process; where files are warm, an idle machine gives
-the same twice, and on a busy one the latter is the one to look at.
+npz per picture and one per caption as sd-scripts does (latents in float32), in a .pt each as SimpleTuner does, back to back
+in one file, in an Arrow file that is mapped into memory, and, if webdataset is there (`pip install webdataset`), in its tar
+files, which can only be read from front to back. MosaicML's streaming is left out: it wants older releases of torch, numpy
+and transformers than those this package is tested with. All of them are read in turns by one process, in a new random order
+every round, from warm and from cold files; what is read is a dict of tensors. Ours proves a checksum each time; npz checks
+a CRC; the others check nothing. Files are written in turns too; only ours are certain to be on the disk when the clock stops.
+FOLDER is for scratch (3 GB). Everything is timed by the clock and by the processor time of this process; where files are
+warm, an idle machine gives the same twice, and on a busy one the latter is the one to look at.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 
 from aquatint.data.shard_index import Field, Layout, ShardIndex, save_index
 from aquatint.data.shards import ShardStore
+from benchmarks.machine import has, load
 
 SAMPLES, ENTRIES_PER_SHARD, BATCH, ROUNDS, SLOW_ROUNDS = 600, 128, 16, 9, 5
 INDEX_ENTRIES, INDEX_SHARDS = 1_000_000, 4000
@@ -60,7 +65,11 @@ class Content:
         self.latents = torch.randn(SAMPLES, 8, 128, 128).half()
         self.embeds = torch.randn(SAMPLES, 77, 2048).half()
         self.pooled = torch.randn(SAMPLES, 1280).half()
-        self.sample_bytes = sum(column[0].nbytes for column in (self.latents, self.embeds, self.pooled))
+        self.sample_bytes = sum(column[0].nbytes for column in self.columns.values())
+
+    @property
+    def columns(self) -> dict[str, torch.Tensor]:
+        return {"moments": self.latents, "prompt_embeds": self.embeds, "pooled": self.pooled}
 
     def latent_entry(self, number: int) -> dict[str, torch.Tensor]:
         return {"moments": self.latents[number]}
@@ -69,7 +78,7 @@ class Content:
         return {"prompt_embeds": self.embeds[number], "pooled": self.pooled[number]}
 
     def packed(self, number: int) -> bytes:
-        return b"".join(column[number].numpy().tobytes() for column in (self.latents, self.embeds, self.pooled))
+        return b"".join(column[number].numpy().tobytes() for column in self.columns.values())
 
 
 # Ways to write
@@ -112,6 +121,27 @@ def write_bare(folder: Path, content: Content) -> None:
             file.write(content.packed(number))
 
 
+def write_arrow(folder: Path, content: Content) -> None:
+    folder.mkdir()
+    schema = pa.schema([(name, pa.binary(column[0].nbytes)) for name, column in content.columns.items()])
+    with pa.OSFile(str(folder / "samples.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for start in range(0, SAMPLES, ENTRIES_PER_SHARD):
+            numbers = range(start, min(start + ENTRIES_PER_SHARD, SAMPLES))
+            columns = [[column[number].numpy().tobytes() for number in numbers] for column in content.columns.values()]
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def write_tar(folder: Path, content: Content) -> None:
+    from webdataset import ShardWriter
+
+    folder.mkdir()
+    with ShardWriter(f"{folder}/%04d.tar", maxcount=ENTRIES_PER_SHARD, verbose=0) as writer:
+        for number in range(SAMPLES):
+            arrays = {f"{name}.npy": column[number].numpy() for name, column in content.columns.items()}
+            writer.write({"__key__": f"{number:06}", **arrays})
+
+
 # Ways to read
 
 
@@ -151,6 +181,37 @@ def read_pt(folder: Path) -> Lap:
     def lap(order: list[int]) -> None:
         for number in order:
             torch.load(folder / f"{number}.pt", weights_only=True), torch.load(folder / f"{number}_te.pt", weights_only=True)
+
+    return lap
+
+
+def read_arrow(folder: Path, content: Content) -> Lap:
+    """Opened anew for each lap: what is mapped stays in memory when its file is dropped."""
+    shapes = {name: column.shape[1:] for name, column in content.columns.items()}
+
+    def lap(order: list[int]) -> None:
+        file = pa.ipc.open_file(pa.memory_map(str(folder / "samples.arrow")))
+        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        for number in order:
+            batch, row = batches[number // ENTRIES_PER_SHARD], number % ENTRIES_PER_SHARD
+            for name, shape in shapes.items():
+                torch.from_numpy(np.frombuffer(batch.column(name)[row].as_buffer(), np.float16).reshape(shape).copy())
+
+    return lap
+
+
+def read_tar(folder: Path) -> Lap:
+    """From front to back, whatever the order."""
+    from webdataset import WebDataset
+
+    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+
+    def lap(order: list[int]) -> None:
+        count = 0
+        for sample in WebDataset(paths, shardshuffle=False).decode():
+            [torch.from_numpy(value) for name, value in sample.items() if name.endswith(".npy")]
+            count += 1
+        assert count == len(order)
 
     return lap
 
@@ -234,6 +295,8 @@ def measure_writes(folder: Path, content: Content) -> dict[str, list[Seconds]]:
         "npz_float16": lambda place: write_npz(place, content, torch.float16),
         "pt": lambda place: write_pt(place, content),
         "bare": lambda place: write_bare(place, content),
+        "arrow": lambda place: write_arrow(place, content),
+        **({"tar": lambda place: write_tar(place, content)} if has("webdataset") else {}),
         "npz_safe": lambda place: write_npz(place, content, torch.float32, safe=True),
     }
 
@@ -260,6 +323,8 @@ def measure_reads(folder: Path, content: Content) -> tuple[dict[str, list[Second
         "pt": ("pt", read_pt(folder / "pt")),
         "bare_preadv": ("bare", read_bare(folder / "bare", content.sample_bytes)),
         "bare_preadv_batch": ("bare", read_bare_batches(folder / "bare", content.sample_bytes)),
+        "arrow_mmap": ("arrow", read_arrow(folder / "arrow", content)),
+        **({"tar_in_order": ("tar", read_tar(folder / "tar"))} if has("webdataset") else {}),
     }
     memory = {
         "shards_read_memory_full": ("shards", read_entries(folder / "shards", everything)),
@@ -327,7 +392,7 @@ def resident_bytes() -> int:
 
 def measure_opening(folder: Path) -> dict[str, float]:
     write_large_index(folder)
-    rounds = [json.loads(subprocess.check_output([sys.executable, __file__, "--open", folder])) for _ in range(ROUNDS)]
+    rounds = [json.loads(subprocess.check_output([sys.executable, "-m", "benchmarks.cache_io", "--open", folder])) for _ in range(ROUNDS)]
     return {name: round(statistics.median(one[name] for one in rounds), 3) for name in rounds[0]}
 
 
@@ -335,8 +400,9 @@ def report(content: Content, sizes: dict[str, int], written: dict[str, list[Seco
     return {
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "xxhash": xxhash.VERSION,
-            "linux": platform.release(),
+            "pyarrow": pa.__version__, **({"webdataset": version("webdataset")} if has("webdataset") else {}), "linux": platform.release(),
         },
+        "load": load(),
         "samples": SAMPLES, "bytes_per_sample": content.sample_bytes, "entries_per_shard": ENTRIES_PER_SHARD, "batch": BATCH,
         "rounds": {"read_warm": ROUNDS, "read_cold": SLOW_ROUNDS, "write": SLOW_ROUNDS}, "values": "lower quartile, median, upper quartile",
         "bytes_on_disk_per_sample": {name: round(size / SAMPLES) for name, size in sizes.items()},
@@ -345,7 +411,7 @@ def report(content: Content, sizes: dict[str, int], written: dict[str, list[Seco
         "times_as_fast": {
             **{f"{own}_to_{other}": ratio(warm[own], warm[other])
                for own in ("shards_read", "shards_read_batch")
-               for other in ("npz", "npz_float16", "pt", "bare_preadv", "bare_preadv_batch")},
+               for other in warm if not other.startswith("shards")},
             **{f"write_to_{other}": ratio(written["shards"], written[other]) for other in written if other != "shards"},
         },
     }  # fmt: skip
@@ -354,7 +420,9 @@ def report(content: Content, sizes: dict[str, int], written: dict[str, list[Seco
 def measure(folder: Path) -> dict[str, object]:
     content = Content()
     written = measure_writes(folder, content)
-    sizes = {name: bytes_in(folder / name) for name in ("shards", "npz", "npz_float16", "pt", "bare")}
+    sizes = {
+        name: bytes_in(folder / name) for name in ("shards", "npz", "npz_float16", "pt", "bare", "arrow", "tar") if (folder / name).exists()
+    }
     warm, cold = measure_reads(folder, content)
     return {
         **report(content, sizes, written, warm),
