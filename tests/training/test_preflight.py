@@ -255,7 +255,7 @@ def test_packages_of_the_data_half_must_be_there_too(config_of, monkeypatch, sec
 def test_the_library_of_an_optimizer_must_be_there_too(config_of, monkeypatch):
     monkeypatch.setattr(library, "find_spec", lambda name: None)
     problem = only(config_of(optimizer={"name": "lion"}))
-    assert problem.message == '`optimizer.name = "lion"` needs the package pytorch_optimizer, which is not installed'
+    assert problem.message == 'the package pytorch_optimizer is not installed, and it is needed for `optimizer.name = "lion"`'
     assert problem.hint.startswith("`pip install 'aquatint[optimizers]'`")
 
 

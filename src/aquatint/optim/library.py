@@ -63,7 +63,7 @@ def missing_package(name: str) -> tuple[str, str] | None:
     entry = LIBRARY.get(name)
     if entry is None or find_spec(entry.package) is not None:
         return None
-    message = f'`optimizer.name = "{name}"` needs the package {entry.package}, which is not installed'
+    message = f'the package {entry.package} is not installed, and it is needed for `optimizer.name = "{name}"`'
     return message, f"`pip install 'aquatint[{entry.extra}]'`, or choose an optimizer of ours: docs/optimizers.md"
 
 

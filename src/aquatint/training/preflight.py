@@ -324,7 +324,7 @@ def _inspect_trackers(found: Inspection) -> None:
     for key, (package, needed) in wanted.items():
         if needed and find_spec(package) is None:
             hint = f"`pip install aquatint[{package}]`, or leave out `{key}`; metrics.jsonl is always written"
-            found.problem(key, f"`{key}` needs the package {package}, which is not installed", hint)
+            found.problem(key, f"the package {package} is not installed, and it is needed for `{key}`", hint)
 
 
 def _inspect_packages(found: Inspection) -> None:
@@ -333,7 +333,7 @@ def _inspect_packages(found: Inspection) -> None:
         found.problem("optimizer.name", *missing)
     if found.config.cache.engine == "ray" and find_spec("ray") is None:
         hint = '`pip install aquatint[ray]`, or set `cache.engine = "processes"` for several GPUs of one machine'
-        found.problem("cache.engine", '`cache.engine = "ray"` needs the package ray, which is not installed', hint)
+        found.problem("cache.engine", 'the package ray is not installed, and it is needed for `cache.engine = "ray"`', hint)
     if found.config.crop.mode == "focus" and find_spec("smartcrop") is None:
         hint = '`pip install aquatint[focus]`, or leave out `crop.mode`, which then is "center"'
-        found.problem("crop.mode", '`crop.mode = "focus"` needs the package smartcrop, which is not installed', hint)
+        found.problem("crop.mode", 'the package smartcrop is not installed, and it is needed for `crop.mode = "focus"`', hint)
