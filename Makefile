@@ -11,7 +11,7 @@ demo: .venv/installed  ## train the embedded default: a tiny SDXL on pictures th
 test: .venv/installed-dev  ## every test that needs no GPU and no full-size model
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-test-long: .venv/installed-dev  ## the rest of what a change must pass: two minutes
+test-long: .venv/installed-dev  ## whole runs and other long ones, which a change must pass too: three minutes
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal -q
 
 test-slow: .venv/installed-dev  ## full-size models: minutes, and 16 GiB of memory
@@ -21,7 +21,7 @@ test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu -q
 
 test-libraries: .venv/libraries  ## optimizers of torchao and bitsandbytes, which are kept out of .venv: diffusers would load them at every start
-	PYTHONPATH=.venv/libraries $(BIN)/python -m pytest -m libraries -q tests/optim tests/training
+	PYTHONPATH=.venv/libraries $(BIN)/python -m pytest -m libraries -n 2 --dist worksteal -q tests/optim tests/training
 
 .venv/libraries: .venv/installed-dev
 	$(INSTALL) --no-deps --upgrade --target $@ torchao bitsandbytes
