@@ -5,7 +5,8 @@
 runs both loops under a dispatch mode that counts each aten call, twice. With the tiny UNet on the CPU each has the AdamW that it really
 has. With the full topology on the meta device, batches come from the CPU as they come to a GPU, so that copies between the two are
 seen, and clips and the script's AdamW have the foreach form that torch chooses on a GPU. (The tiny UNet cannot tell a reading of the
-CPU's own numbers from one of a GPU's: AdamW as a loop reads every tensor's step count.)
+CPU's own numbers from one of a GPU's: AdamW as a loop reads every tensor's step count.) Ours is counted with the settings of [speed] too:
+each of their operations is one call here, and one to four kernels on a GPU.
 Counted of each step after the first: aten calls, those of them that make no new tensor and write none (views), the tensors that foreach
 and fused calls work on, new tensors and their bytes; and what makes the host wait for a GPU: scalars and lists read from the device, and
 copies to or from it that are not asynchronous. An aten call is not a kernel: foreach calls launch several, and attention on the meta device
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from aquatint.demo.model import tiny_spec
 from aquatint.models.sdxl.model import build_unet, sdxl_spec
 from aquatint.optim.create import create_optimizer
+from aquatint.training.parallelize import Speed, rearrange
 from benchmarks.machine import has, keep, load, versions
 from benchmarks.ours import Loop, draw_batches, our_loop, our_parts, repeated, tiny_unet
 from benchmarks.peers import script, script_loop, script_loop_accelerate
@@ -131,6 +133,7 @@ def as_on_a_gpu(device: torch.device) -> Iterator[None]:
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
         mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True),
         mock.patch("torch.autocast", return_value=contextlib.nullcontext()),
+        mock.patch("torch.is_autocast_enabled", return_value=False),
     ):
         yield
 
@@ -174,9 +177,11 @@ def tiny() -> dict[str, Any]:
 def full(side_latent: int = 128) -> dict[str, Any]:
     """On the meta device, at 1024 px."""
     found = {}
-    for name in ("ours", "script"):
+    for name in ("ours", "ours, [speed]", "script"):
         unet: Any = build_unet(sdxl_spec()).train()
-        if name == "ours":
+        if name.startswith("ours"):
+            if name != "ours":
+                rearrange(unet, Speed(channels_last=True, kernels=True, fused_qkv=True), torch.device("meta"), lean=True)
             optimizer: Any = create_optimizer("adamw", unet.named_parameters(), seed=0, learning_rate=1e-5, weight_decay=0.01)
             loop = our_loop(our_parts(unet, optimizer, device="meta"))
         else:
@@ -192,6 +197,7 @@ def verdict(found: dict[str, Any]) -> dict[str, float]:
         "times the host waits, ours": sum(ours[name] for name in WAITS),
         "times the host waits, script": sum(theirs[name] for name in WAITS),
         "aten calls, ours / script": round(ours["aten calls"] / theirs["aten calls"], 3),
+        "aten calls, ours with [speed] / script": round(found["ours, [speed]"]["aten calls"] / theirs["aten calls"], 3),
         "new tensors, ours / script": round(ours["new tensors"] / theirs["new tensors"], 3),
     }
 
