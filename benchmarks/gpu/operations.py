@@ -3,7 +3,7 @@
     PYTHONPATH=src python3 -m benchmarks.gpu.operations --contender "GroupNorm and SiLU" [--dry]
 
 Forward and backward pass in bf16, in the sizes of SDXL's three levels at 1024 px, for one picture and for eight. `plain` is torch's own
-operation after operation with channels first; the ways are those of `benchmarks/kernels.py`;
+operation after operation with channels first; the ways are those of `benchmarks/unet_settings.py`;
 what is compiled are torch's own operations.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rig import Marks, Scene, finish
-from benchmarks.kernels import Act, Ways, acts, convolutions, gates, norms, projections
 from benchmarks.machine import spread
+from benchmarks.unet_settings import Act, Ways, acts, convolutions, gates, norms, projections
 
 WARMUP, STEPS = 5, 30
 Kind = Callable[[torch.device, torch.dtype, tuple[int, ...]], Ways]

@@ -127,7 +127,15 @@ def test_an_arena_fills_its_slabs_before_it_takes_another():
     arena = Arena(pinned=False, slab_bytes=256)
     taken = [arena.take(size) for size in (100, 200, 64, 300, 1)]
     assert [len(vector) for vector in taken] == [100, 200, 64, 300, 1]
-    assert [used for _, used in arena._slabs] == [256, 256, 320]
+    assert [(used, len(slab)) for slab, used in arena._slabs] == [(128, 128), (256, 256), (128, 256), (320, 512)]
     for number, vector in enumerate(taken):
         vector.fill_(number)
     assert all((vector == number).all() for number, vector in enumerate(taken))
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1000, 5000, 30000])
+def test_an_arena_takes_no_more_than_twice_what_is_asked_for(num_bytes):
+    arena = Arena(pinned=False, slab_bytes=4096)
+    for _ in range(0, num_bytes, 192):
+        arena.take(192)
+    assert sum(len(slab) for slab, _ in arena._slabs) <= 2 * max(256, sum(used for _, used in arena._slabs))

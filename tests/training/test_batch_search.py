@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aquatint.config.schema import dump
-from aquatint.errors import UsageError
+from aquatint.errors import ResumeError, UsageError
 from aquatint.planning.batch import with_batch_size
 from aquatint.tensor_file import TensorFile
 from aquatint.training import batch_search, dry_step
@@ -86,7 +86,10 @@ def test_what_a_run_began_with_counts_only_for_that_run(settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dump(with_batch_size(config, 2))))
     assert as_begun(config, tmp_path, resuming=True) == with_batch_size(config, 2)
     assert as_begun(config, tmp_path, resuming=False) is config
-    assert as_begun(config, tmp_path / "elsewhere", resuming=True) is config
+    assert as_begun(with_batch_size(config, 1), tmp_path / "elsewhere", resuming=True) == with_batch_size(config, 1)
+    with pytest.raises(ResumeError, match=r"config\.json is missing, and with it the batch size") as caught:
+        as_begun(config, tmp_path / "elsewhere", resuming=True)
+    assert "run.log" in caught.value.hint
     other = settings("auto", **{**AUTO, "pictures_per_step": 3})
     assert as_begun(other, tmp_path, resuming=True) is other  # the change is reported where all are
 

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -100,6 +102,8 @@ def test_room_is_taken_for_the_state_that_is_not_there_yet(unet, monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_running_out_of_memory_is_a_usage_error_with_the_planners_advice(unet, monkeypatch, error):
@@ -111,6 +115,21 @@ def test_running_out_of_memory_is_a_usage_error_with_the_planners_advice(unet, m
         dry_step(parts_of(unet), SIZE, 1, NOTHING, lambda: "set this")
     assert caught.value.hint == "set this"
     assert "more" not in caught.value.message
+
+
+def test_what_does_not_fit_leaves_nothing_in_memory_for_the_next_try(unet, monkeypatch):
+    def no_room(device, num_bytes):
+        if num_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dry, "room", no_room)
+    seen = []
+    hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+    parts = parts_of(unet, fused=True)
+    assert dry.out_of_memory(parts, SIZE, 1, Reserve(0, 1)) == "CUDA out of memory"
+    assert [ref() for ref in seen] == [None]
+    hook.remove()
+    parts.fused.remove()
 
 
 def test_other_errors_pass_through(unet, monkeypatch):

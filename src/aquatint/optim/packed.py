@@ -41,7 +41,8 @@ class Layout:
 class Arena:
     """Main memory in slabs, for vectors that are never given back.
 
-    torch rounds the size of pinned memory up to a power of two, and so one slab for many wastes least.
+    torch rounds the size of pinned memory up to a power of two, and so one slab for many wastes least. Each is as large as all before
+    it, up to `slab_bytes`, which are too many for the little that an adapter's optimizer keeps.
     """
 
     def __init__(self, *, pinned: bool, slab_bytes: int = SLAB_BYTES) -> None:
@@ -55,6 +56,7 @@ class Arena:
             if used + room <= len(slab):
                 self._slabs[index] = slab, used + room
                 return slab[used : used + num_bytes]
-        slab = torch.empty(max(self.slab_bytes, room), dtype=torch.uint8, pin_memory=self.pinned)
+        size = max(room, min(self.slab_bytes, sum(len(slab) for slab, _ in self._slabs)))
+        slab = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=self.pinned)
         self._slabs.append((slab, room))
         return slab[:num_bytes]

@@ -140,11 +140,19 @@ class Search:
         """The settings of least cost, or of least memory if none fit. Raises UsageError for buckets that cannot be."""
         encoding = [knob for knob in KNOBS if knob.phases == ENCODING]
         steps = [knob for knob in KNOBS if knob.phases != ENCODING]
+        if self._is_hopeless():
+            return self._least(encoding, steps)
         first = next(filter(self._encodes, choices(self.config, encoding)), None)
         second = next(filter(self._trains, choices(self.config, steps)), None)
         if first is None or second is None:
             return self._least(encoding, steps)
         return self._fit(first + second)
+
+    def _is_hopeless(self) -> bool:
+        """Whether a phase is too large that no knob makes smaller."""
+        known = {name for knob in KNOBS for name in knob.phases}
+        phases = plan_memory(self.config, self.spec, self.tracer).phases
+        return any(phase.bytes > self.room for phase in phases if phase.name not in known)
 
     def _fit(self, levels: tuple[Level, ...]) -> Fit:
         changed = with_changes(self.config, merged(levels))

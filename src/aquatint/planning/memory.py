@@ -267,7 +267,7 @@ def frozen_part(config: Config, spec: ModelSpec) -> Part:
 def swapped_parts(config: Config, spec: ModelSpec) -> tuple[Part, ...]:
     """What frozen blocks take that wait in main memory: room for two of them, and on a CPU all of them beside it."""
     blocks = swapped_bytes(config, spec)
-    room = Part("room for two frozen blocks", swap_room_bytes(config, spec), f"{len(blocks)} of them are in main memory")
+    room = Part("room for two frozen blocks", swap_room_bytes(config, spec), f"{len(blocks)} in main memory")
     return (room,) if on_gpu(config) else (room, Part("frozen blocks that wait", sum(blocks), ""))
 
 
@@ -291,8 +291,8 @@ def training(config: Config, spec: ModelSpec, tracer: Tracer, size_hw: tuple[int
     gradients = "gradients freed one by one" if freed else f"gradients {gib(weights * weight_bytes)}"
     alone = [gradients, f"activations {gib(traced.activations)}"]
     if config.training.precision == "bf16_mixed":  # of what is trained: a frozen UNet is bf16 itself, and frozen weights go as they come
-        alone.append(f"bf16 copies of the weights {gib(weights * DTYPE_BYTES['bfloat16'])}")
-    note = f"the most at one time; alone: {', '.join(alone)}"
+        alone.append(f"bf16 copies {gib(weights * DTYPE_BYTES['bfloat16'])}")
+    note = f"at the same time; alone: {', '.join(alone)}"
     return Phase("training", (*step_parts(config, spec), Part("gradients and activations", traced.peak, note)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aquatint.config.schema import Config
-from aquatint.errors import UsageError
+from aquatint.errors import ResumeError, UsageError
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.planning.batch import batch_sizes, is_open, largest_batch_size, with_batch_size
 from aquatint.planning.memory import gib
@@ -20,10 +20,18 @@ from aquatint.utils.progress import say
 
 
 def as_begun(config: Config, folder: Path, *, resuming: bool) -> Config:
-    """The config with the batch size that the run in `folder` found when it began, however much memory is free now."""
+    """The config with the batch size that the run in `folder` found when it began, however much memory is free now.
+
+    Raises ResumeError if the folder does not say it any more.
+    """
     path = folder / "config.json"
-    if not (resuming and is_open(config) and path.exists()):
+    if not (resuming and is_open(config)):
         return config
+    if not path.exists():
+        raise ResumeError(
+            f'{path} is missing, and with it the batch size that `training.batch_size = "auto"` found when the run began',
+            hint="set `training.batch_size` and `training.accumulation_steps` to what the line `batch size` of run.log says",
+        )
     size = json.loads(path.read_text())["training"]["batch_size"]
     return with_batch_size(config, size) if size in batch_sizes(config.training.per_step) else config
 

@@ -30,7 +30,7 @@ from aquatint.utils.seeds import generator
 
 LATENT_CHANNELS = 4
 CHUNK_TOKENS = 77
-NO_MAIN_MEMORY = "can't allocate memory"
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of a CPU, a driver, a library
 MAX_COUNTED_TEXTS = 100  # the longest ones: among them is the one with the most chunks
 
 
@@ -133,15 +133,21 @@ def state_held(parts: Parts, reserve: Reserve) -> Iterator[None]:
 @contextlib.contextmanager
 def updates_held(parts: Parts, reserve: Reserve) -> Iterator[None]:
     """Takes the memory of each weight's update for a moment: inside the backward pass if the run steps there, or after it."""
+    lacking: list[BaseException] = []
 
     def stepped(param: torch.Tensor) -> None:
-        room(parts.device, reserve.update * param.numel())
+        try:
+            room(parts.device, reserve.update * param.numel())
+        except (RuntimeError, MemoryError) as error:  # raised in a hook, it would keep the pass in memory until the next one
+            lacking.append(error.with_traceback(None))
         param.grad = None
 
     params = [param for group in parts.optimizer.param_groups for param in group["params"]]
     handles = [param.register_post_accumulate_grad_hook(stepped) for param in (params if parts.fused is not None else ())]
     try:
         yield
+        if lacking:
+            raise lacking[0]
         room(parts.device, reserve.update * max(param.numel() for param in params) if parts.fused is None else 0)
     finally:
         for handle in handles:
@@ -163,8 +169,8 @@ def forget(parts: Parts) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; torch has no type of its own for a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MAIN_MEMORY in str(error)
+    """Whether an error says so; torch has a type of its own only for what its allocator for GPUs does not get."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

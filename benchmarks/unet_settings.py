@@ -1,6 +1,6 @@
 """What do channels_last, our forms of GroupNorm and GEGLU, and joined projections cost or save on a CPU?
 
-    python -m benchmarks.kernels
+    python -m benchmarks.unet_settings
 
 times forward and backward pass of single operations in sizes of SDXL's blocks, and of the demo's tiny UNet with each setting of `[speed]`
 but compiling, in float32. All of a kind take turns, in a new order each round; what counts is how many times as fast as the plain way each
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(), "load": {"before": before, "after": load()}, "rounds": rounds, "threads": 1,
         "values": "lower quartile, median, upper quartile; by the processor's time", "found": found,
     }  # fmt: skip
-    keep("kernels_cpu", result)
+    keep("unet_settings_cpu", result)
 
 
 if __name__ == "__main__":
