@@ -44,6 +44,7 @@ CONTRADICTIONS = {
         "lr": {"schedule": "cosine"}, "optimizer": {"name": "schedule_free"}, "ema": {"enabled": False},
     },
     "an average of what is averaged": {"optimizer": {"name": "schedule_free"}},
+    "an average that nothing is known of": {"optimizer": {"name": "schedule_free", "betas": [0.0, 0.99]}, "ema": {"enabled": False}},
     "several rates where one is found": {
         "training": {"groups": [{"match": ["mid_block"], "learning_rate_factor": 0.5}]}, "optimizer": {"name": "prodigy"},
     },

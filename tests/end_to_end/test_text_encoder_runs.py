@@ -82,6 +82,7 @@ def test_from_its_end_on_a_text_encoder_stays_as_it_is(shared, tiny_base):
     texts = {**BOTH, "stop_after": "3 steps"}
     config = config_of(shared, tiny_base, "stops", text_encoders=texts)
     train_run(config)
+    assert "text encoders only for the first 3 steps" in (config.run.folder / "stops" / "run.log").read_text()
     last, middle = (trained_weights(config, f"step-00000{step}", averaged=False)[1] for step in (6, 3))
     still = {name for name, tensor in last.items() if torch.equal(tensor.load(), middle[name].load())}
     assert still == {name for name in last if is_text(name)}

@@ -10,10 +10,11 @@ from aquatint.errors import ModelFileError, NumericalError
 from aquatint.models.adapter_export import write_adapter
 from aquatint.models.adapter_files import PEFT_KEY, check_adapter, file_layer, read_adapter, start_values
 from aquatint.models.adapter_metadata import adapter_metadata
-from aquatint.models.adapter_shapes import AdapterSpec, layer_shapes, target_layers
+from aquatint.models.adapter_shapes import AdapterSpec, adapter_shapes, layer_shapes, target_layers
 from aquatint.models.sdxl.export import modelspec_metadata
 from aquatint.models.sdxl.model import predict, sdxl_spec
 from aquatint.models.sdxl.process import Process
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, qualified
 from aquatint.tensor_file import TensorFile, write_tensors
 from tests.models.sdxl.small import small_spec
 from tests.models.test_adapters import SPECS, adapted, inputs, trained
@@ -33,6 +34,11 @@ def start_from(path, unet, spec):
     with torch.no_grad():
         for name, parameter in trained(unet).items():
             parameter.copy_(values[name])
+
+
+def with_texts(encoders):
+    """The shapes of the UNet, and of what it hears of these text encoders."""
+    return UNET | {qualified(one, name): shape for one in encoders for name, shape in small_spec().heard_shapes(one).items()}
 
 
 def tensors_of(path):
@@ -224,6 +230,17 @@ def test_settings_that_do_not_fit_the_file_are_named(tmp_path, changes, hint):
     with pytest.raises(ModelFileError) as error:
         check_adapter(path, UNET, other)
     assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("there", [("text_encoder_2",), ()])
+def test_text_encoders_that_the_file_does_not_change_are_named(tmp_path, there):
+    spec, (some, every) = SPECS["lora"], (with_texts(there), with_texts(TEXT_ENCODERS))
+    weights = {name: torch.ones(shape) for name, shape in adapter_shapes(some, spec).items()}
+    write_adapter(tmp_path / "a.safetensors", weights, spec, some, names="kohya", dtype=torch.float32, metadata={})
+    check_adapter(tmp_path / "a.safetensors", some, spec)
+    with pytest.raises(ModelFileError) as error:
+        check_adapter(tmp_path / "a.safetensors", every, spec)
+    assert f"text_encoders.train = {json.dumps(there)}" in error.value.hint
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -50,6 +50,14 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
     assert all(torch.equal(expected[name], found[name]) and expected[name].dtype == found[name].dtype for name in expected)
 
 
+def test_text_encoders_that_were_not_trained_before_are_named(tmp_path: Path):
+    path, fresh = save(tmp_path, trained(0, steps=1), 1), trained(1)
+    fresh.model.add_module("text_encoder", torch.nn.Linear(2, 2))
+    with pytest.raises(ResumeError, match="does not hold the text encoders") as error:
+        checkpoint.restore(path, fresh, plan_digest="plan")
+    assert "text_encoders.train" in error.value.hint
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, trained(steps=1), TrainState(step=step), plan_digest="plan", keep=2, best_step=min(step, 2))

@@ -89,6 +89,12 @@ OPTIMIZER_RULES = (
         "it averages the weights by itself, and that average is what is measured, drawn and exported: set `ema.enabled = false`",
     ),
     Rule(
+        ("optimizer.betas", "optimizer.name"),
+        lambda c: c.optimizer.name == "schedule_free" and c.optimizer.betas[0] == 0,
+        '`optimizer.betas` cannot begin with 0 with the optimizer "schedule_free"',
+        "gradients would be taken at weights that the average has no part in, and from which it cannot be told: write `[0.9, 0.99]`",
+    ),
+    Rule(
         ("training.groups", "optimizer.name"),
         lambda c: c.optimizer.name == "prodigy" and _has_group_rates(c),
         '`training.groups` cannot give the optimizer "prodigy" several learning rates',

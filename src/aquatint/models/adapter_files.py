@@ -18,7 +18,7 @@ from aquatint.errors import ModelFileError
 from aquatint.models.adapter_shapes import NAME, TARGETS, AdapterSpec, layer_shapes, spec_layers
 from aquatint.models.sdxl import detect
 from aquatint.models.sdxl.keys import PREFIXES, published_name, to_original
-from aquatint.models.sdxl.shapes import TEXT_ENCODERS, Component, Shape, is_text
+from aquatint.models.sdxl.shapes import TEXT_ENCODERS, Component, Shape
 from aquatint.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -207,8 +207,10 @@ def _refuse_other_layers(path: Path, places: Places, unet: Mapping[str, Shape], 
     fitting = [targets for targets in TARGETS if spec_layers(unet, replace(spec, targets=targets)).keys() == places.keys()]
     different = sorted(places.keys() ^ wanted.keys())
     hint = f'set `adapter.targets = "{fitting[0]}"`' if fitting else "no choice of `adapter.targets` has just those: choose another file"
-    if any(map(is_text, wanted)) and not any(map(is_text, places)):
-        hint = "it changes no text encoder: leave out `text_encoders.train`, or choose another file"
+    trained, there = set(map(_network, wanted)), set(map(_network, places))
+    if "unet" in there < trained:
+        names = ", ".join(f'"{one}"' for one in TEXT_ENCODERS if one in there)
+        hint = f"it does not change every text encoder that is trained: set `text_encoders.train = [{names}]`, or choose another file"
     raise ModelFileError(
         f"{path} has {len(places)} layers, and `adapter.targets` asks for {len(wanted)}: `{different[0]}` is only in one of them",
         hint=hint,

@@ -63,6 +63,8 @@ def announcement(config: Config, data: Prepared, parts: Parts, process: Process,
     yield f"            with {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"
     for line in table(config, shapes) if config.training.groups or config.text_encoders.train else ():
         yield f"{'':<12}{line}"
+    if parts.texts is not None and parts.texts.end is not None:
+        yield f"{'':<12}text encoders only for the first {count(parts.texts.end, 'step')}"
     yield f"stays       {' and '.join(still_networks(config))}"
 
 

@@ -75,6 +75,12 @@ class Trained:
     def fill_from(self, path: Path) -> None:
         """Takes everything from a checkpoint. Raises ResumeError if it is of another model or optimizer."""
         for name, weights in self.weights().items():
+            if name == "text_encoders" and not (path / "text_encoders.safetensors").exists():
+                raise ResumeError(
+                    f"{path} does not hold the text encoders that the config trains",
+                    hint="set `text_encoders.train` back, or start another run, with run.name=... and a model.base that "
+                    "`aquatint export` makes of this one",
+                )
             fill(path / f"{name}.safetensors", weights)
         for name, average in self.ema.tables().items() if self.ema is not None else ():
             fill_average(path / f"{name}.safetensors", average)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from aquatint.config.schema import Config
+from aquatint.config.schema import Config, dump
 from aquatint.config.sections.looks import ExportSection
+from aquatint.config.sections.methods import AdapterSection
 from aquatint.data.image import contact_sheet, save_png
 from aquatint.errors import UsageError
 from aquatint.models.adapters import attach, merged
@@ -48,10 +49,21 @@ def trained_weights(config: Config, name: str | None, *, averaged: bool = True) 
     files = [path / "ema.safetensors"] if averaged and (path / "ema.safetensors").exists() else list(map(path.joinpath, WEIGHT_FILES))
     weights = [checkpoint.lazy_weights(file) for file in files if file.exists()]
     named = {name: tensor for table in weights for name, tensor in table.items()}
-    if averaged and config.optimizer.name == "schedule_free":
-        state = checkpoint.lazy_weights(path / "optimizer.safetensors")
-        return path, averages_of(named, state, config.optimizer.betas[0])
+    if averaged and (beta1 := free_average_beta(config)) is not None:
+        return path, averages_of(named, checkpoint.lazy_weights(path / "optimizer.safetensors"), beta1)
     return path, named
+
+
+def free_average_beta(config: Config) -> float | None:
+    """The first beta of a run that makes its average by itself, as the run has it, whatever the config says now; None of any other."""
+    section = as_trained(config)["optimizer"]
+    return float(section["betas"][0]) if section["name"] == "schedule_free" else None
+
+
+def as_trained(config: Config) -> Mapping[str, Any]:
+    """The settings that the run of this name was trained with, or these if there is none."""
+    path = config.run.folder / config.run.name / "config.json"
+    return json.loads(path.read_text()) if path.exists() else dump(config)  # type: ignore[no-any-return]
 
 
 def load_unet(config: Config, base: BaseModel, checkpoint_name: str | None, device: torch.device) -> torch.nn.Module:
@@ -94,12 +106,20 @@ def _fill(config: Config, model: torch.nn.Module, weights: Mapping[str, LazyTens
 def check_fits(config: Config, base: BaseModel, path: Path, weights: Mapping[str, LazyTensor]) -> None:
     """Raises UsageError if a checkpoint does not hold what the config trains."""
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != trained_shapes(config, base.spec):
+    adapter = AdapterSection.model_validate(as_trained(config).get("adapter", {}))
+    same_scale = scale_of(config) == scale_of(config.model_copy(update={"adapter": adapter}))  # which no tensor tells
+    if found != trained_shapes(config, base.spec) or not same_scale:
         raise UsageError(
             f"{path} does not hold what this config trains",
-            hint="set `model.base`, `adapter` and `training.groups` as they were in the run: "
+            hint="set `model.base`, `adapter`, `text_encoders.train` and `training.groups` as they were in the run: "
             "its folder has them in config.json, and can stand for the config",
         )
+
+
+def scale_of(config: Config) -> float | None:
+    """What an adapter's product is multiplied by; None without an adapter."""
+    spec = adapter_spec(config)
+    return None if spec is None else spec.scale
 
 
 def export_weights(
