@@ -32,7 +32,9 @@ def test_config_library_and_plan_know_the_same_names():
 @pytest.mark.parametrize("name", [name for name in LIBRARY if LIBRARY[name].extra])
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, name):
     monkeypatch.setattr("aquatint.optim.library.find_spec", lambda package: None)
-    with pytest.raises(UsageError, match=f'`optimizer.name = "{name}"` needs the package {LIBRARY[name].package}') as caught:
+    with pytest.raises(
+        UsageError, match=f'the package {LIBRARY[name].package} is not installed, and it is needed for `optimizer.name = "{name}"`'
+    ) as caught:
         make(name, Model())
     assert f"`pip install 'aquatint[{LIBRARY[name].extra}]'`" in caught.value.hint
 
