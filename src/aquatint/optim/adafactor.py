@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aquatint.optim.flat import row_pieces
-from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_rows, exact, write_
+from aquatint.optim.sharded import Place, local, local_grad, place_of
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
 EPS = 1e-30  # epsilon_1 of the paper: keeps the root of a zero gradient's second moment from being 0
@@ -33,26 +34,27 @@ def second_moment_decay(step: int, decay_power: float) -> float:
     return 1 - math.pow(step, -decay_power)
 
 
-def factored(grad: Tensor, row: Tensor, col: Tensor, decay: float) -> tuple[Factors, Tensor, Tensor]:
-    """1 / sqrt(V) of a matrix (O, I), and the new row (O,) and column (I,) means of g^2; all float32.
+def factored(grad: Tensor, row: Tensor, col: Tensor, decay: float, place: Place | None = None) -> tuple[Factors, Tensor, Tensor]:
+    """1 / sqrt(V) of a matrix (O, I), or of those of its rows at `place`, and the new row (O,) and column (I,) means of g^2; all float32.
 
     V = row col^T / mean(row) (arXiv 1804.04235, algorithm 4, with means for sums).
     """
-    row_mean, col_mean = mean_squares(grad)
+    place = place or place_of(grad)
+    row_mean, col_mean = mean_squares(grad, place)
     row = decay * row + (1 - decay) * row_mean
     col = decay * col + (1 - decay) * col_mean
-    return Factors((row / row.mean()).rsqrt().unsqueeze(1), col.rsqrt()), row, col
+    return Factors((row / (place.total(row.sum()) / place.shape[0])).rsqrt().unsqueeze(1), col.rsqrt()), row, col
 
 
-def mean_squares(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of g^2 + EPS over each row and over each column of a matrix (O, I): (O,) and (I,), float32."""
+def mean_squares(grad: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Means of g^2 + EPS over each row that is here and over each column of the whole matrix (O, I): (O,) and (I,), float32."""
     row = torch.empty(grad.shape[0], dtype=torch.float32, device=grad.device)
     col = torch.zeros(grad.shape[1], dtype=torch.float32, device=grad.device)
     for piece in row_pieces(grad):
-        square = grad[piece].float().square()
+        square = exact(grad[piece]).square_()
         row[piece] = square.mean(dim=1)
         col += square.sum(dim=0)
-    return row + EPS, col / grad.shape[0] + EPS
+    return row + EPS, place.total(col) / place.shape[0] + EPS
 
 
 def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> tuple[Factors, Tensor]:
@@ -61,11 +63,12 @@ def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> tuple[Factors,
     return Factors(torch.ones_like(exp_avg_sq[:1]).unsqueeze(1), exp_avg_sq.rsqrt()), exp_avg_sq
 
 
-def clip_scale(grad: Tensor, factors: Factors, threshold: float) -> Tensor:
+def clip_scale(grad: Tensor, factors: Factors, threshold: float, place: Place | None = None) -> Tensor:
     """What brings the root mean square of the update g / sqrt(V) down to `threshold`; 1 if it is below (arXiv 1804.04235, section 6)."""
     left, right = factors.left.square().squeeze(1), factors.right.square()
-    squares = torch.stack([torch.dot(left[piece], grad[piece].float().square() @ right) for piece in row_pieces(grad)]).sum()
-    rms = (squares / grad.numel()).sqrt()
+    squares = torch.stack([torch.dot(left[piece], exact(grad[piece]).square_() @ right) for piece in row_pieces(grad)]).sum()
+    place = place or place_of(grad)
+    rms = (place.total(squares) / place.shape.numel()).sqrt()
     return 1 / (rms / threshold).clamp(min=1.0)
 
 
@@ -93,9 +96,13 @@ class Adafactor(TensorwiseOptimizer):
         """Each on its own: an update is clipped as a whole."""
         return id(param)
 
+    def steps_part(self, param: Tensor) -> bool:
+        """But for weights so small that a process may have nothing of them."""
+        return place_of(param).is_everywhere
+
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
         """Empty second moments, float32: row and column means of a matrix (O, I) or convolution (O, I, kh, kw)."""
-        zeros = partial(torch.zeros, dtype=torch.float32, device=param.device)
+        zeros, param = partial(torch.zeros, dtype=torch.float32, device=param.device), local(param)
         if param.dim() < 2:
             return {"exp_avg_sq": zeros(param.numel())}
         rows = param.shape[0]
@@ -104,7 +111,8 @@ class Adafactor(TensorwiseOptimizer):
     def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         for param in params:
             if param.grad is not None:
-                adafactor_(param, param.grad, self.state[param], self.key(unit, step), unit.group, step, finite)
+                part, grad, place = local(param), local_grad(param), place_of(param)
+                adafactor_(part, grad, self.state[param], self.key(unit, step), unit.group, step, finite, place)
 
 
 def adafactor_(
@@ -115,8 +123,10 @@ def adafactor_(
     group: dict[str, Any],
     step: int,
     finite: Tensor | None = None,
+    place: Place | None = None,
 ) -> None:
-    """One step in place, if `finite`, rounding as `copy_stochastic_` does."""
+    """One step of a weight, or of the part of one at `place`, in place, if `finite`; rounding as `copy_stochastic_` does."""
+    place = place or place_of(param)
     decay = second_moment_decay(step, group["decay_power"])
     new: State
     if param.dim() < 2:
@@ -125,14 +135,14 @@ def adafactor_(
         new = {"exp_avg_sq": exp_avg_sq}
     else:
         weights, grad = param.flatten(1), grad.flatten(1)
-        factors, row, col = factored(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], decay)
+        factors, row, col = factored(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], decay, place)
         new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
-    right = factors.right * clip_scale(grad, factors, group["clip_threshold"])
+    right = factors.right * clip_scale(grad, factors, group["clip_threshold"], place)
+    width = grad.shape[1] if param.dim() >= 2 else 1
     for piece in row_pieces(grad):
-        update = (grad[piece].float() * factors.left[piece]).mul_(right)
-        value = ((1 - group["lr"] * group["weight_decay"]) * weights[piece].float()).sub_(update, alpha=group["lr"])
-        target = weights[piece]
-        copy_stochastic_(target, value, draw_for(target, key, piece.start * grad.shape[1], rows=1), finite)
+        value = exact(weights[piece]).mul_(1 - group["lr"] * group["weight_decay"])
+        value.addcmul_(exact(grad[piece]).mul_(factors.left[piece]), right, value=-group["lr"])
+        copy_stochastic_(weights[piece], value, draw_rows(weights[piece].view(-1, width), key, place.start // width + piece.start), finite)
     if weights.data_ptr() != param.data_ptr():
         param.copy_(weights.view(param.shape))
     for name, second_moment in new.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aquatint.optim.offload import MainMemory, held
+from aquatint.optim.sharded import local, local_grad
 from aquatint.optim.tensorwise import Unit
 
 
@@ -61,7 +62,7 @@ class AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
-            params, [param.grad for param in params if param.grad is not None], exp_avgs, exp_avg_sqs, [], steps,
+            [local(param) for param in params], [local_grad(param) for param in params], exp_avgs, exp_avg_sqs, [], steps,
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
             maximize=False, found_inf=None if finite is None else finite.logical_not().float(),
         )  # fmt: skip
@@ -70,5 +71,5 @@ class AdamW(torch.optim.AdamW):
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(local(param)), torch.zeros_like(local(param))
         return state

@@ -19,6 +19,7 @@ from aquatint.optim.blockwise import dequantise, quantise
 from aquatint.optim.flat import join, pieces, spread_
 from aquatint.optim.formula import adamw
 from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
+from aquatint.optim.sharded import is_dtensor, local, local_grad, place_of
 from aquatint.optim.sizes import BLOCK, is_quantised
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -47,14 +48,20 @@ class AdamW8bit(TensorwiseOptimizer):
     def kind(self, param: Tensor) -> Hashable:
         return id(param) if is_quantised(param.shape) else super().kind(param)
 
+    def steps_part(self, param: Tensor) -> bool:
+        """If no block of a quantised weight is cut in two."""
+        place = place_of(param)
+        return not is_quantised(param.shape) or place.group is None or place.most % BLOCK == 0
+
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
         state: State = {}
+        part = local(param)
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-            zeros = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+            zeros = torch.zeros(part.numel(), dtype=torch.float32, device=part.device)
             if is_quantised(param.shape):
                 state[f"{name}_code"], state[f"{name}_scale"] = quantise(zeros, signed=signed)
             else:
-                state[name] = zeros.view(param.shape)
+                state[name] = zeros.view(part.shape)
         return state
 
     def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
@@ -68,12 +75,13 @@ class AdamW8bit(TensorwiseOptimizer):
             from aquatint.optim import kernels
 
             update = kernels.adamw8bit_
-        param, grad = join(params), join([param.grad for param in params if param.grad is not None])
-        state = self.state[params[0]]
-        done = compiled.adamw8bit_(param, grad, state, **settings) if self.kernel == "compiled" else 0
+        part, start = local(params[0]), place_of(params[0]).start
+        param, grad, state = join([part]), join([local_grad(params[0])]), self.state[params[0]]
+        compiles = self.kernel == "compiled" and not is_dtensor(params[0])
+        done = compiled.adamw8bit_(param, grad, state, **settings) if compiles else 0
         for piece in pieces(grad, done):
-            update(param, grad, state, piece, **settings)
-        spread_(param, params)
+            update(param, grad, state, piece, start=start, **settings)
+        spread_(param, [part])
 
 
 def adamw8bit_(
@@ -83,19 +91,20 @@ def adamw8bit_(
     piece: slice,
     *,
     key: Key,
+    start: int = 0,
     finite: Tensor | None = None,
     **settings: Any,
 ) -> None:
     """One step of a piece, a multiple of 256, of a weight and its quantised state, in place, if `finite`.
 
-    The step itself sees moments not rounded.
+    The step itself sees moments not rounded. The random bits are those of `key` for the places from `start` on, at which the weight is.
     """
     blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
     parts = {name: state[name][piece if name.endswith("code") else blocks] for name in state if name != "step"}
     exp_avg = dequantise(parts["exp_avg_code"], parts["exp_avg_scale"], signed=True)
     exp_avg_sq = dequantise(parts["exp_avg_sq_code"], parts["exp_avg_sq_scale"], signed=False)
     value, exp_avg, exp_avg_sq = adamw(param[piece], grad[piece], exp_avg, exp_avg_sq, **settings)
-    copy_stochastic_(param[piece], value, draw_for(param[piece], key, piece.start, rows=1), finite)
+    copy_stochastic_(param[piece], value, draw_for(param[piece], key, start + piece.start, rows=1), finite)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         code, scale = quantise(moment, signed=name == "exp_avg")
         write_(parts[f"{name}_code"], code, finite)

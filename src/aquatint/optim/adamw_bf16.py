@@ -22,6 +22,7 @@ from aquatint.optim import compiled
 from aquatint.optim.flat import join, pieces, spread_
 from aquatint.optim.formula import adamw
 from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
+from aquatint.optim.sharded import is_dtensor, local, local_grad, place_of
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
 Rounding = Literal["stochastic", "kahan"]
@@ -70,9 +71,12 @@ class AdamWBF16(TensorwiseOptimizer):
         super().__init__(params, defaults)
         self.kernel = chosen_kernel(kernel, [param for group in self.param_groups for param in group["params"]])
 
+    def steps_part(self, param: Tensor) -> bool:
+        return True
+
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
         compensates = group["rounding"] == "kahan" and param.dtype == torch.bfloat16
-        return {name: torch.zeros_like(param) for name in NAMES if name != "compensation" or compensates}
+        return {name: torch.zeros_like(local(param)) for name in NAMES if name != "compensation" or compensates}
 
     def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         names = [name for name in NAMES if name in self.state[params[0]]]
@@ -108,26 +112,29 @@ def chosen_kernel(kernel: Kernel, params: Sequence[Tensor]) -> Kernel:
 def adamw_tensors_(targets: Sequence[Sequence[Tensor]], kernel: Kernel, *, key: Key, finite: Tensor | None, **settings: Any) -> None:
     """`adamw_` of several weights of one kind: `targets` are the weights, their first moments, second moments, and what else there is.
 
-    A kernel takes them one by one, which is one pass each. Otherwise they are joined, so that there are fewer. A weight's random bits
-    are those of its place among all of them either way. What a compiled update leaves over is for plain torch, as is a step left out.
+    A kernel takes them one by one, which is one pass each, and so are sharded ones. Otherwise they are joined, so that there are fewer.
+    A weight's random bits are those of its place among all of them either way. What a compiled update leaves over is for plain torch, as
+    are a step left out and a sharded weight.
     """
     by_weight = list(zip(*targets, strict=True))
-    update, groups = adamw_, [by_weight]
+    is_sharded = any(is_dtensor(param) for param in targets[0])
+    update, groups = adamw_, [[tensors] for tensors in by_weight] if is_sharded else [by_weight]
     if kernel == "auto" and has_kernels(targets[0][0].device):
         from aquatint.optim import kernels
 
         update, groups = kernels.adamw_, [[tensors] for tensors in by_weight]
     start = 0
     for group in groups:
-        columns = list(zip(*group, strict=True))
+        params, first = [tensors[0] for tensors in group], start + place_of(group[0][0]).start
+        columns = [[local(tensor) for tensor in tensors] for tensors in zip(*group, strict=True)]
         joined = [join(tensors) for tensors in columns]
-        grad = join([param.grad for param in columns[0] if param.grad is not None])
-        done = compiled.adamw_(grad, *joined, key=key, finite=finite, **settings) if kernel == "compiled" else 0
+        grad = join([local_grad(param) for param in params])
+        done = compiled.adamw_(grad, *joined, key=key, finite=finite, **settings) if kernel == "compiled" and not is_sharded else 0
         for piece in pieces(grad, done):
-            update(*(vector[piece] for vector in (grad, *joined)), key=key, start=start + piece.start, finite=finite, **settings)
+            update(*(vector[piece] for vector in (grad, *joined)), key=key, start=first + piece.start, finite=finite, **settings)
         for tensors, vector in zip(columns, joined, strict=True):
             spread_(vector, tensors)
-        start += grad.numel()
+        start += sum(param.numel() for param in params)
 
 
 def adamw_(

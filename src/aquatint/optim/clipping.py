@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from aquatint.optim.rounding import write_
+from aquatint.optim.sharded import local_grad, whole_norms
 
 Clip = Literal["global", "per_tensor", "delayed"]
 
 
 def tensor_norms(params: Sequence[Tensor]) -> list[Tensor]:
-    """The L2 norm of each gradient, accumulated in float32 whatever its dtype."""
-    gradients = [param.grad for param in params if param.grad is not None]
-    return list(torch._foreach_norm(gradients, dtype=torch.float32)) if gradients else []
+    """The L2 norm of each gradient, accumulated in float32 whatever its dtype; of a sharded one, that of the whole."""
+    params = [param for param in params if param.grad is not None]
+    norms = torch._foreach_norm([local_grad(param) for param in params], dtype=torch.float32) if params else []
+    return whole_norms(norms, params)
 
 
 def whole_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CPU_PIECE = 1 << 17  # elements: a dozen such float32 tensors fit into the caches of a CPU, and calls into torch cost little beside them
+CPU_PIECE = 1 << 18  # elements: some such float32 tensors fit into the caches of a CPU, and calls into torch cost little beside them
 
 
 def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], Hashable], max_elements: int) -> Iterator[list[Tensor]]:

@@ -170,7 +170,17 @@ def adamw_(
         )
 
 
-def adamw8bit_(param: Tensor, grad: Tensor, state: State, piece: slice, *, key: Key, finite: Tensor | None = None, **settings: Any) -> None:
+def adamw8bit_(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    piece: slice,
+    *,
+    key: Key,
+    start: int = 0,
+    finite: Tensor | None = None,
+    **settings: Any,
+) -> None:
     """As `adamw8bit.adamw8bit_`. Raises ValueError for a tensor that is not contiguous."""
     blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
     moments = [
@@ -179,7 +189,7 @@ def adamw8bit_(param: Tensor, grad: Tensor, state: State, piece: slice, *, key: 
     tensors = (param[piece], grad[piece], *moments)
     _check(tensors)
     books = (*codebook(True, param.device), *codebook(False, param.device))
-    places = (tensors[0].numel(), piece.start, *key_constants(key))
+    places = (tensors[0].numel(), start + piece.start, *key_constants(key))
     with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
         _adamw8bit_kernel[(triton.cdiv(places[0], ELEMENTS),)](
             *tensors, *books, finite, *places, *coefficients(**settings), size=ELEMENTS, enable_fp_fusion=False

@@ -59,7 +59,22 @@ def draw_bits(key: Key, start: int, count: int, device: torch.device, *, rows: i
 
 def draw_for(target: Tensor, key: Key, start: int = 0, *, rows: int = 3) -> Tensor:
     """`draw_bits` (3, n) for the n elements of `target`, the first of which is at place `start`; none (3, 0) if it is float32."""
-    return draw_bits(key, start, target.numel() if target.dtype == torch.bfloat16 else 0, target.device, rows=rows)
+    if target.dtype != torch.bfloat16:
+        return torch.empty(rows, 0, dtype=torch.int32, device=target.device)
+    return draw_bits(key, start, target.numel(), target.device, rows=rows)
+
+
+def draw_rows(target: Tensor, key: Key, first: int = 0) -> Tensor:
+    """Numbers for a bfloat16 matrix, like itself, of whose whole its rows are those from `first` on; none if it is float32.
+
+    The three of `draw_bits` for one place are for three weights of a row, a third of it apart. A vector (1, n) is taken as (n, 1).
+    """
+    if target.dtype != torch.bfloat16:
+        return torch.empty(0, dtype=torch.int32, device=target.device)
+    rows, width = target.shape
+    third = -(-width // 3)
+    drawn = draw_bits(key, first * third, rows * third, target.device)
+    return drawn.view(3, rows, third).transpose(0, 1).reshape(rows, 3 * third)[:, :width]
 
 
 def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
@@ -68,19 +83,23 @@ def round_stochastic(value: Tensor, random_bits: Tensor) -> Tensor:
     Values that bfloat16 can hold come back as they are, and NaN as NaN. What lies beyond its largest number, infinity too, becomes that.
     (arXiv 2010.06192)
     """
-    bits = value.clamp(-LARGEST, LARGEST).view(torch.int32).clamp_(max=NAN_BITS)
-    return bits.add_(random_bits).bitwise_and_(-LOW_BITS).view(torch.float32).to(torch.bfloat16)
+    return _rounded(value, random_bits).to(torch.bfloat16)
+
+
+def exact(values: Tensor) -> Tensor:
+    """A float32 copy, to be written to."""
+    return values.to(torch.float32, copy=True)
 
 
 def write_(target: Tensor, value: Tensor, finite: Tensor | None = None) -> None:
-    """Copy `value` into `target`, of its dtype; where the bool scalar `finite` is False, leave every bit of it as it is.
+    """Copy `value` into `target`; where the bool scalar `finite` is False, leave every bit of it as it is.
 
     It is the device that decides, in the pass that writes: the host need not know.
     """
     if finite is None:
         target.copy_(value)
     else:
-        torch.where(finite, value, target, out=target)
+        torch.where(finite, value.to(target.dtype), target, out=target)
 
 
 def copy_stochastic_(target: Tensor, source: Tensor, random_bits: Tensor, finite: Tensor | None = None) -> None:
@@ -91,9 +110,15 @@ def copy_stochastic_(target: Tensor, source: Tensor, random_bits: Tensor, finite
     if target.dtype == torch.float32:
         write_(target, source, finite)
     elif target.dtype == torch.bfloat16:
-        write_(target, round_stochastic(source.contiguous(), random_bits.view(source.shape)), finite)
+        write_(target, _rounded(source.contiguous(), random_bits.view(source.shape)), finite)
     else:
         raise ValueError(f"weights must be float32 or bfloat16, got {target.dtype}")
+
+
+def _rounded(value: Tensor, random_bits: Tensor) -> Tensor:
+    """As `round_stochastic`, still float32."""
+    bits = value.clamp(-LARGEST, LARGEST).view(torch.int32).clamp_(max=NAN_BITS)
+    return bits.add_(random_bits).bitwise_and_(-LOW_BITS).view(torch.float32)
 
 
 def _upper_half(words: Tensor) -> Tensor:

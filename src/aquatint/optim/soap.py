@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, adamw_
 from aquatint.optim.flat import join, pieces, row_pieces, spread_
-from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, exact, write_
 from aquatint.optim.sizes import preconditioned_dims
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -61,16 +61,17 @@ def soap(
     """
     beta1, beta2 = betas
     rotated = rotate(grad.float(), bases)
-    firsts, seconds, directions, params = (torch.empty_like(rotated) for _ in range(4))
+    firsts, seconds = torch.empty_like(rotated), torch.empty_like(rotated)
+    directions = torch.empty_like(rotated) if rotated is grad else rotated
     for piece in row_pieces(rotated):
         first = torch.lerp(exp_avg[piece].float(), rotated[piece], 1 - beta1, out=firsts[piece])
         second = torch.mul(exp_avg_sq[piece].float(), beta2, out=seconds[piece]).addcmul_(rotated[piece], rotated[piece], value=1 - beta2)
         torch.div(first, (second / (1 - beta2**step)).sqrt_().add_(eps), out=directions[piece])
     directions = rotate_back(directions, bases)
     for piece in row_pieces(rotated):
-        kept = torch.mul(param[piece].float(), 1 - lr * weight_decay, out=params[piece])
-        kept.sub_(directions[piece], alpha=lr / (1 - beta1**step))
-    return params, firsts, seconds
+        kept = exact(param[piece]).mul_(1 - lr * weight_decay)
+        torch.sub(kept, directions[piece], alpha=lr / (1 - beta1**step), out=directions[piece])
+    return directions, firsts, seconds
 
 
 def gram(grad: Tensor, side: str) -> Tensor:

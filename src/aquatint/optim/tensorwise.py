@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from aquatint.optim.flat import batches
 from aquatint.optim.offload import MainMemory, held
 from aquatint.optim.rounding import Key, rounding_key
+from aquatint.optim.sharded import gathered
 from aquatint.optim.sizes import JOINED_ELEMENTS
 
 State = dict[str, Tensor]
@@ -84,16 +85,19 @@ class TensorwiseOptimizer(Optimizer):
 
     def _update(self, unit: Unit, finite: Tensor | None) -> None:
         params = [param for param in unit.params if param.grad is not None]
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = {"step": torch.zeros((), dtype=torch.float32), **self.initial_state(param, unit.group)}
-        steps = [self._steps_of(param) for param in params]
-        for step in sorted(set(steps)):
-            together = [param for param, own in zip(params, steps, strict=True) if own == step]
-            self.advance(together, unit, step + 1, finite)
-            counts = [self.state[param]["step"] for param in together]
-            torch._foreach_add_(counts, 1)
-            self._counted.update((param, (count, step + 1)) for param, count in zip(together, counts, strict=True))
+        if not params:
+            return
+        with gathered(params, self.state, self.steps_part) as tensors:
+            for tensor in tensors:
+                if not self.state[tensor]:
+                    count = torch.zeros((), dtype=torch.float32)
+                    self.state[tensor].update({"step": count, **self.initial_state(tensor, unit.group)})
+            steps = [self._steps_of(param) for param in params]
+            for step in sorted(set(steps)):
+                self.advance([tensor for tensor, own in zip(tensors, steps, strict=True) if own == step], unit, step + 1, finite)
+        counts = [self.state[param]["step"] for param in params]
+        torch._foreach_add_(counts, 1)
+        self._counted.update((param, (count, step + 1)) for param, count, step in zip(params, counts, steps, strict=True))
 
     def _steps_of(self, param: Tensor) -> int:
         """How many steps a weight has behind it. A tensor is read only once: to read one in every step takes longer than to count along."""
@@ -122,9 +126,13 @@ class TensorwiseOptimizer(Optimizer):
         """What small weights must share to be stepped together."""
         return param.device, param.dtype
 
+    def steps_part(self, param: Tensor) -> bool:
+        """Whether the part of a sharded weight that a process holds can be stepped there. If not, each process steps the whole."""
+        return False
+
     @abstractmethod
     def initial_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        """The state of a weight before its first step, but for the step count."""
+        """The state of a weight before its first step, or of the part of it that is here; but for the step count."""
 
     @abstractmethod
     def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
