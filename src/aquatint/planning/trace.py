@@ -156,9 +156,7 @@ def trace_step(
     """One training pass of the UNet on pictures of `size_hw` pixels; with `adapter`, of that beside the frozen UNet.
 
     `frozen` names weights that are not trained. With `texts`, which are trained, a caption for each picture is encoded in the pass.
-
     `halved`: weights in bf16, whatever the others are. `compact`: layers whose weights are made when they are needed, and of what.
-
     `accumulating`: the gradients of an earlier pass are there already. `fused_backward`: each is freed as soon as it is complete.
     `kernels`: norms and GEGLU are our own. `on_gpu`: autocast computes other norms in float32.
     """
@@ -186,12 +184,10 @@ def trace_step(
         inputs = _unet_inputs(spec, batch_size, size_hw, num_tokens)
         ids = torch.zeros(batch_size * num_tokens // TOKENS, TOKENS, dtype=torch.int64)
         with tally.counting(), _norms_in_float32(unet, autocast and on_gpu):
-            if accumulating:
-                for weight in weights:
-                    weight.grad = torch.zeros_like(weight)
-            gradients, updates = tally.now, list[tuple[int, int]]()
-            if fused_backward:
-                updates = free_gradients(weights, tally)
+            for weight in weights if accumulating else ():
+                weight.grad = torch.zeros_like(weight)
+            gradients = tally.now
+            updates = free_gradients(weights, tally) if fused_backward else []
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = predict(unet, *(_told(inputs, encoders, ids, num_tokens) if encoders else inputs))
             activations, forward_flops = tally.now - gradients, tally.flops
