@@ -4,9 +4,10 @@
 
 steps a part of the SDXL UNet's list of tensors (every 43rd: 95 million weights; for SOAP every 150th of those below 4 million:
 11 million) with every optimizer of a group, in turns, and keeps medians and quartiles of processor time and of the clock. One group
-at a time, or some; those of a result that is there already are kept. References: torch's fused AdamW, and plain loops for Adafactor and
-SOAP, written as they are usually written: below. Ours are told, as in training, whether the gradient is finite. Peers are those that can
-be imported of transformers, torchao, bitsandbytes and pytorch_optimizer. A GPU has other ratios: there an update is one kernel.
+at a time, or some; those of a result that is there already are kept, and each says when it was measured. References: torch's fused
+AdamW, and plain loops for Adafactor and SOAP, written as they are usually written: below. Ours are told, as in training, whether the
+gradient is finite. Peers are those that can be imported of transformers, torchao, bitsandbytes and pytorch_optimizer. A GPU has other
+ratios: there an update is one kernel.
 
 OMP_NUM_THREADS should be what --threads is: NumPy, which SOAP uses, goes by it.
 """
@@ -315,7 +316,7 @@ def trajectory(make: Callable[[Parameter], Optimizer], dtype: torch.dtype = torc
     return param.detach().float() - start
 
 
-def parity() -> dict[str, float]:
+def parity() -> dict[str, dict[str, float]]:
     """Relative distance between paths of 200 steps: of ours to that of a peer with the same settings."""
     rate = {"learning_rate": 1e-3, "weight_decay": 0.01}
     same = {"lr": 1e-3, "weight_decay": 0.01}
@@ -339,13 +340,20 @@ def parity() -> dict[str, float]:
         pairs["adamw8bit to torchao AdamW8bit"] = mine("adamw8bit"), theirs("torchao.optim", "AdamW8bit", **same)
     if has("bitsandbytes"):
         pairs["adamw8bit to bitsandbytes AdamW8bit"] = mine("adamw8bit"), theirs("bitsandbytes.optim", "AdamW8bit", **same)
-    return {name: round(((one - other).norm() / other.norm()).item(), 5) for name, (one, other) in pairs.items()}
+    return {"distances": {name: round(((one - other).norm() / other.norm()).item(), 5) for name, (one, other) in pairs.items()}}
 
 
 def plain_soap(param: Parameter) -> Optimizer:
     optimizer = PlainSoap([param])
     optimizer.param_groups[0]["lr"] = 1e-3
     return optimizer
+
+
+def circumstances() -> dict[str, Any]:
+    """When a group is measured, and with what: others of a result may be from another day."""
+    packages = [name for name in ("torch", "numpy", "transformers", "torchao", "bitsandbytes", "pytorch_optimizer") if has(name)]
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **versions, "threads": torch.get_num_threads()}
 
 
 def main() -> None:
@@ -356,10 +364,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     result = json.loads(asked.result.read_text()) if asked.result.exists() else {}
-    packages = [name for name in ("torch", "transformers", "torchao", "bitsandbytes", "pytorch_optimizer") if has(name)]
-    result |= {"python": platform.python_version(), **{name: version(name) for name in packages}, "threads": torch.get_num_threads()}
     for group in asked.groups:
-        result[group] = parity() if group == "parity" else measured(group)
+        result[group] = {**circumstances(), **(parity() if group == "parity" else measured(group))}
         print(json.dumps({group: result[group]}, indent=2))
         asked.result.parent.mkdir(exist_ok=True)
         asked.result.write_text(json.dumps(result, indent=2) + "\n")

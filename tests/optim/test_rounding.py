@@ -1,10 +1,13 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquatint.optim.rounding import copy_stochastic_, draw_bits, draw_for, round_stochastic, rounding_key
+from aquatint.optim.rounding import copy_stochastic_, draw_bits, draw_for, draw_rows, round_stochastic, rounding_key
 
 ALL_BITS = torch.arange(65536, dtype=torch.int32)
 EVERY_BFLOAT16 = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -118,6 +121,16 @@ def test_drawn_bits_are_the_halves_of_pcg3d_with_the_upper_over_the_lower(key):
 @given(st.integers(0, 100), st.integers(0, 100))
 def test_drawn_bits_are_a_function_of_the_place(start, count):
     assert torch.equal(draw_bits((3, 4), start, count, CPU), draw_bits((3, 4), 0, 200, CPU)[:, start : start + count])
+
+
+@pytest.mark.parametrize("width", [1, 2, 9, 10, 11])
+def test_the_three_numbers_of_a_place_are_for_three_weights_of_a_row_a_third_of_it_apart(width):
+    third = math.ceil(width / 3)
+    drawn, expected = draw_rows(torch.empty(7, width, dtype=torch.bfloat16), (3, 4)), draw_bits((3, 4), 0, 7 * third, CPU)
+    for row, column in itertools.product(range(7), range(width)):
+        assert drawn[row, column] == expected[column // third, row * third + column % third]
+    assert torch.equal(draw_rows(torch.empty(4, width, dtype=torch.bfloat16), (3, 4), 3), drawn[3:])
+    assert len(draw_rows(torch.empty(7, width), (3, 4))) == 0
 
 
 def test_seed_unit_and_step_each_give_other_bits():

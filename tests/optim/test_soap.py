@@ -105,6 +105,15 @@ def test_without_a_basis_it_is_adamw_from_the_second_step_on():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_dim", [0, 5, 6])
+def test_a_step_leaves_the_gradient_as_it_is(max_dim):
+    param = Parameter(randn(0, 6, 5))
+    optimizer = train(param, range(2), max_precond_dim=max_dim)
+    param.grad = gradient(2, 6, 5)
+    optimizer.step()
+    assert torch.equal(param.grad, gradient(2, 6, 5))
+
+
 def test_vectors_get_adamw_from_the_first_step_on():
     ours, theirs = Parameter(randn(0, 9)), Parameter(randn(0, 9))
     train(ours, range(50))

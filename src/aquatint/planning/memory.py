@@ -50,7 +50,7 @@ SAMPLE_BATCH = 8  # prompts that are sampled at once
 OUTSIDE_BYTES = 3 * GIB // 2  # driver, libraries, and room that the allocator cannot use: a guess on the safe side
 PROCESS_BYTES = 6 * GIB // 10  # of main memory: Python, torch, diffusers and transformers, and what they take for themselves
 UPDATE_BYTES = {  # of temporary tensors while a weight is stepped on a GPU by plain torch, per element: bfloat16 weights, float32 ones
-    "adamw": (0, 0), "adamw_bf16": (30, 20), "adamw8bit": (32, 31), "adafactor": (23, 9), "soap": (34, 24),
+    "adamw": (0, 0), "adamw_bf16": (30, 20), "adamw8bit": (32, 31), "adafactor": (15, 9), "soap": (34, 24),
     "muon": (12, 12), "schedule_free": (4, 4), "prodigy": (4, 4), "lion": (4, 4), "came": (8, 8), "torch_adafactor": (4, 4),
     "bnb_adamw8bit": (0, 0), "bnb_paged_adamw8bit": (0, 0), "bnb_lion8bit": (0, 0),
     "torchao_adamw8bit": (32, 32), "torchao_adamw4bit": (32, 32), "torchao_adamw_fp8": (32, 32),  # as not compiled: the most it can be
