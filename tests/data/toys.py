@@ -130,4 +130,5 @@ def keys_of(store: ShardStore) -> set[bytes]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """The shards of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if len(path.stem) == 32 and path.suffix == ".safetensors"}
+    paths = sorted(folder.iterdir()) if folder.exists() else []  # a builder may be killed before it makes the folder
+    return {path.name: path.read_bytes() for path in paths if len(path.stem) == 32 and path.suffix == ".safetensors"}
