@@ -36,19 +36,14 @@ from aquatint.training.announce import announcement, captions_text
 from aquatint.training.audit import Audit
 from aquatint.training.batch_search import as_begun, settle
 from aquatint.training.breakdown import Breakdown, choose_breakdown
-from aquatint.training.build_parts import build_parts, samples_per_step
+from aquatint.training.build_parts import build_parts
 from aquatint.training.build_tasks import build_tasks, look_tasks
 from aquatint.training.checkpoint import Trained
 from aquatint.training.compiling import CompileClock
 from aquatint.training.dry_step import as_in_training, try_step
 from aquatint.training.ema_snapshots import remove_after, snapshot_action
 from aquatint.training.layout import plan_digest
-from aquatint.training.objectives import (
-    choose_densities,
-    choose_objective,
-    choose_process,
-    noise_kind,
-)
+from aquatint.training.objectives import choose_densities, choose_objective, choose_process, noise_kind
 from aquatint.training.online_text import encoded
 from aquatint.training.overfit import Watch
 from aquatint.training.parallelize import choose_device, trained_parameters
@@ -164,7 +159,7 @@ def build_run(config: Config, folder: Path, stack: contextlib.ExitStack, *, acce
                 task.run(state, None)  # type: ignore[arg-type]
         audit = Audit(parts, display.note, idle_steps(config.optimizer.name))
         run.tasks = (Task(audit, audit.run), *run.tasks)
-    return Built(run, saver, trained, base, looks, samples_per_step(config), watch)
+    return Built(run, saver, trained, base, looks, config.training.per_step, watch)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -236,7 +231,7 @@ def build_watch(config: Config, metrics: Path, data: Prepared, display: Progress
 def build_reader(config: Config, base: BaseModel, data: Prepared) -> BatchReader:
     order = Order(config.run.seed, data.layout.groups, config.training.at_once)
     draws = Draws(
-        config.run.seed, samples_per_step(config), flip_prob=config.crop.flip_prob, dropout_prob=config.captions.dropout_prob,
+        config.run.seed, config.training.per_step, flip_prob=config.crop.flip_prob, dropout_prob=config.captions.dropout_prob,
         dropout_zeros_share=config.captions.dropout_zeros_share, noise=noise_kind(config), spread=config.timesteps.spread,
         densities=choose_densities(config, base, data.layout.plan.shapes),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from aquatint.models.frozen import halve
 from aquatint.models.sdxl.conditioning import TextEncoders
 from aquatint.models.sdxl.load import BaseModel
 from aquatint.optim.clipping import Clipping
-from aquatint.optim.create import AnyOptimizer, create_optimizer
+from aquatint.optim.create import AnyOptimizer, Own, create_optimizer
 from aquatint.optim.fused import FusedBackward
 from aquatint.optim.library_optimizer import LibraryOptimizer
 from aquatint.optim.lr import learning_rate_factor
@@ -28,11 +28,7 @@ from aquatint.training.ema import Ema, decay_of_half_life
 from aquatint.training.free_average import FreeAverage
 from aquatint.training.layout import Layout
 from aquatint.training.objective import Objective
-from aquatint.training.objectives import (
-    choose_adaptation,
-    choose_densities,
-    mean_density,
-)
+from aquatint.training.objectives import choose_adaptation, choose_densities, mean_density
 from aquatint.training.parallelize import Speed, choose_device, ready_for_training, trained_parameters
 from aquatint.training.prepare import Prepared
 from aquatint.training.step import Parts
@@ -44,8 +40,9 @@ def build_parts(
 ) -> tuple[Parts, Trained, int]:
     """The UNet ready for training, its optimizer and average, and the number of steps of the whole run."""
     device = choose_device(config.training.device)
-    model, encoders = build_model(config, base, data, device, resuming=resuming)
-    optimizer = build_optimizer(config, base, model, device)
+    own = own_settings(config, trainable_shapes(config, base.spec))
+    model, encoders = build_model(config, base, own, len(data.layout.plan.shapes), device, resuming=resuming)
+    optimizer = build_optimizer(config, model, own, device)
     clipping = Clipping(config.training.clip, config.training.clip_norm, device=device)
     fused = FusedBackward(optimizer, clipping) if config.training.fused_backward else None
     is_free = config.optimizer.name == "schedule_free"  # which keeps an average anyway
@@ -54,7 +51,7 @@ def build_parts(
     frozen = build_prior(config, base, model, device) if has_prior else None
     drawn = mean_density(choose_densities(config, base, data.layout.plan.shapes), bucket_samples(data.layout))
     adaptation = choose_adaptation(config, objective, drawn, device)
-    lengths = {"samples_per_step": samples_per_step(config), "samples_per_epoch": data.samples_per_epoch}
+    lengths = {"samples_per_step": config.training.per_step, "samples_per_epoch": data.samples_per_epoch}
     total_steps = config.training.length.in_steps(**lengths)
     learning_rate = build_learning_rate(config, lengths)
     autocast, texts = config.training.precision == "bf16_mixed", build_texts(config, encoders, lengths)
@@ -63,23 +60,21 @@ def build_parts(
 
 
 def build_model(
-    config: Config, base: BaseModel, data: Prepared, device: torch.device, *, resuming: bool
+    config: Config, base: BaseModel, own: Own, num_shapes: int, device: torch.device, *, resuming: bool
 ) -> tuple[torch.nn.Module, TextEncoders | None]:
     """The UNet ready for training, with the text encoders in it if one of them is trained."""
     unet = base.load_unet(getattr(torch, unet_dtype(config)), compacting(config, base))
     halve(unet, half_frozen(config, base.spec))
     encoders = build_encoders(config, base, unet, device)
     adapt = adapting(config, base, resuming=resuming)
-    own = own_settings(config, trainable_shapes(config, base.spec))
     frozen = [name for name, group in own.items() if group.is_frozen and adapt is None]  # an adapter goes to no frozen layer
-    speed = Speed(**config.speed.model_dump(), num_shapes=len(data.layout.plan.shapes))
+    speed = Speed(**config.speed.model_dump(), num_shapes=num_shapes)
     checkpointing = config.training.gradient_checkpointing
     return ready_for_training(unet, gradient_checkpointing=checkpointing, device=device, adapt=adapt, frozen=frozen, speed=speed), encoders
 
 
-def build_optimizer(config: Config, base: BaseModel, model: torch.nn.Module, device: torch.device) -> AnyOptimizer:
+def build_optimizer(config: Config, model: torch.nn.Module, own: Own, device: torch.device) -> AnyOptimizer:
     """The optimizer over what is trained of a model, with its state where the config wants it."""
-    own = own_settings(config, trainable_shapes(config, base.spec))
     settings = config.optimizer.model_dump(exclude={"name"})
     optimizer = create_optimizer(config.optimizer.name, trained_parameters(model).items(), seed=config.run.seed, own=own, **settings)
     if config.memory.optimizer_state == "cpu" and not isinstance(optimizer, LibraryOptimizer):
@@ -123,7 +118,7 @@ def build_texts(config: Config, encoders: TextEncoders | None, lengths: Mapping[
 
 def build_ema(config: Config, model: torch.nn.Module, samples_per_epoch: int) -> Ema | None:
     """The averages of the weights, if the config asks for them."""
-    section, decay, per_step = config.ema, config.ema.decay, samples_per_step(config)
+    section, decay, per_step = config.ema, config.ema.decay, config.training.per_step
     if not section.enabled:
         return None
     if section.half_life is not None:
@@ -132,10 +127,6 @@ def build_ema(config: Config, model: torch.nn.Module, samples_per_epoch: int) ->
     device = torch.device("cpu") if section.device == "cpu" else None
     settings: dict[str, Any] = {"warmup": section.warmup, "device": device, "power_stds": section.power_stds}
     return Ema(trained_parameters(model), decay=decay, samples_per_step=per_step, **settings)
-
-
-def samples_per_step(config: Config) -> int:
-    return config.training.per_step
 
 
 def bucket_samples(layout: Layout) -> list[float]:

@@ -90,7 +90,7 @@ def _plots(config: Config, base: BaseModel, folder: Path) -> Iterator[Drawn]:
     yield _write(folder / "schedule.png", plot_schedule(title, levels), schedule_words(levels[0]))
     title = f"Loss: {loss_words(config, base)}{f', for {draws[0].name}' if len(draws) > 1 else ''}"
     yield _write(folder / "weights.png", plot_weights(title, [weights]), weight_words(config, weights))
-    title = f"Timesteps: {density_words(config.timesteps, samples_per_step(config))}"
+    title = f"Timesteps: {density_words(config.timesteps, config.training.per_step)}"
     yield _write(folder / "timesteps.png", plot_timesteps(title, draws), draw_words(draws[0]))
     if config.noise.offset or config.noise.pyramid:
         words = "left: grain, right: slow patterns; above the grey line they are stronger than in the noise that sampling starts from"
@@ -113,10 +113,6 @@ def _plot_learning_rate(config: Config, path: Path) -> Drawn:
     rates, memories, base_share = learning_rates(config, samples_per_epoch), *memories_of(config, samples_per_epoch)
     png = plot_learning_rate(f"Learning rate and average: {rate_words(config)}", rates, memories)
     return _write(path, png, memory_words(rates, memories, base_share))
-
-
-def samples_per_step(config: Config) -> int:
-    return config.training.per_step
 
 
 def shapes_on_offer(config: Config) -> tuple[Shape, ...]:
@@ -158,7 +154,7 @@ def draws_of(config: Config, base: BaseModel) -> list[Draws]:
 
 def first_draws(config: Config, density: Array) -> npt.NDArray[np.int64]:
     """The timesteps of the first samples of the run, (steps, samples of a step), if all are of a shape with this density."""
-    per_step = samples_per_step(config)
+    per_step = config.training.per_step
     steps = max(1, NUM_DRAWS // per_step)
     draws = SampleDraws(config.run.seed, per_step, spread=config.timesteps.spread, densities=(density,))
     return np.asarray(draws.timesteps(range(steps * per_step), 0).numpy().reshape(steps, per_step))
@@ -195,7 +191,7 @@ def count_samples(config: Config) -> int:
 
 def learning_rates(config: Config, samples_per_epoch: int) -> Array:
     """The learning rate of each step of the run."""
-    lengths = {"samples_per_step": samples_per_step(config), "samples_per_epoch": samples_per_epoch}
+    lengths = {"samples_per_step": config.training.per_step, "samples_per_epoch": samples_per_epoch}
     total, warmup = config.training.length.in_steps(**lengths), config.lr.warmup.in_steps(**lengths)
     factors = [
         learning_rate_factor(step, schedule=config.lr.schedule, warmup_steps=warmup, total_steps=total, end_factor=config.lr.end_factor)
@@ -206,7 +202,7 @@ def learning_rates(config: Config, samples_per_epoch: int) -> Array:
 
 def memories_of(config: Config, samples_per_epoch: int) -> tuple[list[Memory], float]:
     """The memory of each average that the run keeps, and the share of the base model in the first of them at its end."""
-    section, per_step = config.ema, samples_per_step(config)
+    section, per_step = config.ema, config.training.per_step
     lengths = {"samples_per_step": per_step, "samples_per_epoch": samples_per_epoch}
     steps = range(config.training.length.in_steps(**lengths))
     if not section.enabled:
