@@ -210,6 +210,7 @@ def soap_group() -> Makers:
     makers: Makers = {
         "plain SOAP, float32": lambda: PlainSoap(weights(EVERY_SOAP, torch.float32)),
         "soap, float32": lambda: ours("soap", torch.float32, EVERY_SOAP, **settings),
+        "plain SOAP, bf16 rounded to the nearest": lambda: PlainSoap(weights(EVERY_SOAP, torch.bfloat16)),
         "soap, bf16": lambda: ours("soap", torch.bfloat16, EVERY_SOAP, **settings),
     }
     if has("pytorch_optimizer"):
@@ -282,7 +283,8 @@ def row(name: str, clocks: dict[str, list[float]], count: int) -> dict[str, Any]
         found[f"{clock}_ms"] = {"lower_quartile": low, "median": middle, "upper_quartile": high, "mean": mean}
     moved = next((size for prefix, size in BYTES_MOVED.items() if name.startswith(prefix)), None)
     if moved is not None:
-        found["gb_per_processor_second"] = round(moved * count / statistics.median(clocks["processor"]) / 1e9, 2)
+        for clock, seconds in clocks.items():
+            found[f"gb_per_{clock}_second"] = round(moved * count / statistics.median(seconds) / 1e9, 2)
     return found
 
 
@@ -293,10 +295,10 @@ def measured(group: str) -> dict[str, Any]:
     rows = {name: row(name, clocks, count) for name, clocks in seconds.items()}
     found = {"weights": count, "rounds": rounds, "load_before_and_after": [round(load, 1), round(os.getloadavg()[0], 1)], "steps": rows}
     if FUSED in rows:
-        fused = rows[FUSED]["gb_per_processor_second"]
-        found["speed_per_byte_against_torch_fused"] = {
-            name: round(each["gb_per_processor_second"] / fused, 3) for name, each in rows.items() if name != FUSED
-        }
+        for clock in ("processor", "clock"):
+            rates = {name: each[f"gb_per_{clock}_second"] for name, each in rows.items()}
+            against = {name: round(rate / rates[FUSED], 3) for name, rate in rates.items() if name != FUSED}
+            found[f"speed_per_byte_against_torch_fused_by_{clock}"] = against
     else:  # a refresh of SOAP's bases is part of the price: means, not medians
         means = {name: each["processor_ms"]["mean"] for name, each in rows.items()}
         plain = [name for name in means if name.startswith("plain")]
@@ -365,8 +367,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     result = json.loads(asked.result.read_text()) if asked.result.exists() else {}
     for group in asked.groups:
-        result[group] = {**circumstances(), **(parity() if group == "parity" else measured(group))}
-        print(json.dumps({group: result[group]}, indent=2))
+        name = group if asked.threads == 1 else f"{group}, {asked.threads} threads"
+        result[name] = {**circumstances(), **(parity() if group == "parity" else measured(group))}
+        print(json.dumps({name: result[name]}, indent=2))
         asked.result.parent.mkdir(exist_ok=True)
         asked.result.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from aquatint.optim.blockwise import dequantise, quantise
 from aquatint.optim.flat import join, pieces, spread_
 from aquatint.optim.formula import adamw
 from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, write_
-from aquatint.optim.sharded import is_dtensor, local, local_grad, place_of
+from aquatint.optim.sharded import local, local_grad, place_of
 from aquatint.optim.sizes import BLOCK, is_quantised
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
@@ -77,10 +77,9 @@ class AdamW8bit(TensorwiseOptimizer):
             update = kernels.adamw8bit_
         part, start = local(params[0]), place_of(params[0]).start
         param, grad, state = join([part]), join([local_grad(params[0])]), self.state[params[0]]
-        compiles = self.kernel == "compiled" and not is_dtensor(params[0])
-        done = compiled.adamw8bit_(param, grad, state, **settings) if compiles else 0
-        for piece in pieces(grad, done):
-            update(param, grad, state, piece, start=start, **settings)
+        if self.kernel != "compiled" or not compiled.adamw8bit_(param, grad, state, start=start, **settings):
+            for piece in pieces(grad):
+                update(param, grad, state, piece, start=start, **settings)
         spread_(param, [part])
 
 

@@ -41,10 +41,10 @@ def spread_(joined: Tensor, targets: Sequence[Tensor]) -> None:
         target.copy_(piece.view(target.shape))
 
 
-def pieces(vector: Tensor, first: int = 0) -> Iterator[slice]:
-    """Slices that cover a vector from its element `first` on, of the size that its device works best on."""
+def pieces(vector: Tensor) -> Iterator[slice]:
+    """Slices that cover a vector, of the size that its device works best on."""
     size = CPU_PIECE if vector.device.type == "cpu" else max(1, vector.numel())
-    return (slice(start, start + size) for start in range(first, vector.numel(), size))
+    return (slice(start, start + size) for start in range(0, vector.numel(), size))
 
 
 def row_pieces(matrix: Tensor) -> Iterator[slice]:

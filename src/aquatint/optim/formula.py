@@ -12,23 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Number = float | Tensor
-
 
 class Coefficients(NamedTuple):
     """What AdamW multiplies with at one step: beta and 1 - beta of each moment, 1 - lr wd, and what makes bias corrections pass for all.
 
     lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps) is step_size m / (sqrt(v) + eps') with eps' = sqrt(1 - b2^t) eps: one root and
-    one division for each weight. They are numbers, or float32 scalars, which a compiled function takes without being compiled again.
+    one division for each weight.
     """
 
-    beta1: Number
-    rest1: Number
-    beta2: Number
-    rest2: Number
-    decay: Number
-    step_size: Number
-    eps: Number
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    decay: float
+    step_size: float
+    eps: float
 
 
 def coefficients(*, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Coefficients:
@@ -39,11 +37,8 @@ def coefficients(*, step: int, lr: float, betas: tuple[float, float], eps: float
 
 
 def root(values: Tensor) -> Tensor:
-    """The square root, correctly rounded. On a CPU it is NumPy's: torch's there is one unit off for a sixth of all numbers.
-
-    Compiled for a CPU it is a single instruction, which is exact.
-    """
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    """The square root, correctly rounded. On a CPU it is NumPy's: torch's there is one unit off for a sixth of all numbers."""
+    if values.device.type != "cpu":
         return values.sqrt()
     result = torch.empty_like(values)
     np.sqrt(values.numpy(), out=result.numpy())

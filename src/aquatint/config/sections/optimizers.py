@@ -50,7 +50,7 @@ class AdamWBF16Section(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
     kernel: Literal["auto", "none", "compiled"] = "auto"
-    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 100 million weights on (`compiled`: any). `none`: plain torch."""
+    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 10 million weights on (`compiled`: any). `none`: plain torch."""
 
 
 class AdafactorSection(Section):
@@ -78,7 +78,7 @@ class AdamW8bitSection(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay; norms and biases are left out."""
     kernel: Literal["auto", "none", "compiled"] = "auto"
-    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 100 million weights on (`compiled`: any). `none`: plain torch."""
+    """`auto`: one Triton kernel a tensor on a GPU; compiled on a CPU from 10 million weights on (`compiled`: any). `none`: plain torch."""
 
 
 class SoapSection(Section):
