@@ -31,7 +31,12 @@ OWNERS = {  # dependency -> the modules that may import it
     "fsspec": ("aquatint.data.downloads",),
     "ray": ("aquatint.data.engines",),
     "smartcrop": ("aquatint.data.focus",),
-    "triton": ("aquatint.optim.kernels", "aquatint.models.kernels.group_norm_triton", "aquatint.models.kernels.geglu_triton"),
+    "triton": (
+        "aquatint.optim.kernels",
+        "aquatint.optim.adafactor_kernels",
+        "aquatint.models.kernels.group_norm_triton",
+        "aquatint.models.kernels.geglu_triton",
+    ),
     "wandb": ("aquatint.tracking.wandb",),
     "tensorboard": ("aquatint.tracking.tensorboard",),
     "torch.utils.tensorboard": ("aquatint.tracking.tensorboard",),

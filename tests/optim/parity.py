@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.nn import Parameter
 
-from aquatint.optim import adamw8bit, adamw_bf16, kernels
+from aquatint.optim import adafactor, adafactor_kernels, adamw8bit, adamw_bf16, kernels
 from aquatint.optim.sizes import BLOCK
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -26,7 +26,10 @@ CASES = [
     *(f"adamw {dtypes} {count}" for dtypes, count in product(DTYPES, (1, 2049))),
     "kahan bf16 1025", "adamw8bit bf16", "adamw8bit float32",
     "AdamWBF16 bf16", "AdamWBF16 kahan", "AdamW8bit bf16",
+    *(f"adafactor {dtypes} {rows}x{width}" for dtypes in ("bf16", "float32") for rows, width in ((7, 5), (130, 300), (1, 40), (9000, 1))),
+    "Adafactor bf16", "Adafactor float32",
 ]  # fmt: skip
+CLOSE = 1e-6  # sums in another order
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:
@@ -57,6 +60,11 @@ def differences(case: str, device: torch.device) -> list[str]:
         return adamw_differences(*DTYPES[kind], int(count), name == "kahan", device)
     if name == "adamw8bit":
         return adamw8bit_differences(DTYPES[rest[0]][0], device)
+    if name == "adafactor":
+        kind, shape = rest[0].split(" ")
+        return adafactor_differences(DTYPES[kind][0], *map(int, shape.split("x")), device)
+    if name == "Adafactor":
+        return adafactor_run_differences(DTYPES[rest[0]][0], device)
     return optimizer_differences(name, rest[0], device)
 
 
@@ -85,6 +93,41 @@ def adamw8bit_differences(dtype: torch.dtype, device: torch.device) -> list[str]
             for piece in (slice(0, 5 * BLOCK), slice(5 * BLOCK, count)):
                 update(tensors["param"], grad.to(where), state, piece, key=KEY, finite=finite(step, where), step=step, **SETTINGS)
     return differing(expected, found)
+
+
+def adafactor_differences(dtype: torch.dtype, rows: int, width: int, device: torch.device) -> list[str]:
+    """Of the passes over a matrix: sums are close, an update has the same bits."""
+    param, grad = randn(0, rows, width).to(dtype), gradient(1, rows, width).to(dtype)
+    factors = adafactor.Factors(randn(1, rows, 1).exp(), randn(2, width).exp())
+    there = adafactor.Factors(*(factor.to(device) for factor in factors))
+    sums, found = adafactor.squares(grad), adafactor_kernels.squares(grad.to(device))
+    far = [f"squares {dim}" for dim in (0, 1) if not torch.allclose(found[dim].cpu(), sums[dim], rtol=CLOSE)]
+    total, found_total = adafactor.update_squares(grad, *factors), adafactor_kernels.update_squares(grad.to(device), *there)
+    far += [] if torch.allclose(found_total.cpu(), total, rtol=CLOSE) else ["update_squares"]
+    results = []
+    for module, where, own in ((adafactor, torch.device("cpu"), factors), (adafactor_kernels, device, there)):
+        weights = param.to(where, copy=True)
+        for step in range(1, STEPS + 1):
+            module.update_(weights, gradient(step, rows, width).to(where, dtype), *own, 0.99, KEY, 3, finite(step, where))
+        results.append({"update_": weights})
+    return far + differing(*results)
+
+
+def adafactor_run_differences(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Of a whole optimizer: weights may be a rounding apart where sums are."""
+    results = []
+    for kernel, where in (("none", torch.device("cpu")), ("auto", device)):
+        params = [Parameter(randn(index, *shape).to(where, dtype)) for index, shape in enumerate(SHAPES)]
+        params[2].data = params[2].data.to(memory_format=torch.channels_last)
+        optimizer = adafactor.Adafactor(params, lr=1e-2, weight_decay=0.1, kernel=kernel, seed=0)
+        for step in range(1, STEPS + 1):
+            for index, param in enumerate(params):
+                param.grad = gradient(step + 10 * index, *param.shape).nan_to_num(0.5).to(where, dtype)
+            optimizer.step(finite=finite(step, where))
+        results.append([*params, *(value for param in params for name, value in optimizer.state[param].items())])
+    bits = {torch.bfloat16: 1 / 128, torch.float32: CLOSE}
+    pairs = enumerate(zip(*results, strict=True))
+    return [str(index) for index, (one, other) in pairs if not torch.allclose(other.cpu(), one, rtol=bits.get(one.dtype, CLOSE))]
 
 
 def optimizer_differences(name: str, kind: str, device: torch.device, kernel: str = "auto") -> list[str]:
@@ -120,6 +163,7 @@ def main() -> None:
     with (
         patch.object(adamw_bf16, "has_kernels", lambda device: True),
         patch.object(adamw8bit, "has_kernels", lambda device: True),
+        patch.object(adafactor, "has_kernels", lambda device: True),
     ):
         found = {case: differences(case, cpu) for case in CASES}
     print(json.dumps({**found, "refusals": refusals(cpu)}))

@@ -48,7 +48,7 @@ def test_vectors_are_not_factored():
     grad, old = randn(0, 10), randn(1, 10).square()
     factors, new = unfactored(grad, old, 0.75)
     torch.testing.assert_close(new, 0.75 * old + 0.25 * grad.square())
-    torch.testing.assert_close((grad.view(1, -1) * factors.left * factors.right)[0], grad / new.sqrt())
+    torch.testing.assert_close((grad.view(-1, 1) * factors.left * factors.right)[:, 0], grad / new.sqrt())
 
 
 def test_large_updates_are_clipped_and_small_ones_are_not_amplified():

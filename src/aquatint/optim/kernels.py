@@ -32,7 +32,7 @@ def _half(word, place):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _random(place, x0, y0, z0):  # type: ignore[no-untyped-def]
+def drawn(place, x0, y0, z0):  # type: ignore[no-untyped-def]
     """What `rounding.draw_bits` draws for a place: three numbers in 0..65535."""
     place = place.to(tl.uint32)
     y0, z0 = y0.to(tl.uint32), z0.to(tl.uint32)
@@ -66,7 +66,7 @@ def _nearest(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(pointer, value, random, mask):  # type: ignore[no-untyped-def]
+def store(pointer, value, random, mask):  # type: ignore[no-untyped-def]
     """As `rounding.copy_stochastic_`."""
     if pointer.dtype.element_ty == tl.bfloat16:
         value = tl.clamp(value, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -98,15 +98,15 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     if compensation is not None:
         old = old + tl.load(compensation + own, mask, 0.0).to(tl.float32)
     value, first, second = _advance(old, gradient, first, second, beta1, rest1, beta2, rest2, decay, step_size, eps)
-    random_x, random_y, random_z = _random(own + start, x0, y0, z0)
-    _store(exp_avg + own, first, random_x, mask)
-    _store(exp_avg_sq + own, second, random_y, mask)
+    random_x, random_y, random_z = drawn(own + start, x0, y0, z0)
+    store(exp_avg + own, first, random_x, mask)
+    store(exp_avg_sq + own, second, random_y, mask)
     if compensation is not None:
         nearest = _nearest(value)
         tl.store(param + own, nearest, mask=mask)
-        _store(compensation + own, value - nearest.to(tl.float32), random_z, mask)
+        store(compensation + own, value - nearest.to(tl.float32), random_z, mask)
     else:
-        _store(param + own, value, random_z, mask)
+        store(param + own, value, random_z, mask)
 
 
 @triton.jit
@@ -142,8 +142,8 @@ def _adamw8bit_kernel(  # type: ignore[no-untyped-def]
     exp_avg = _dequantised(exp_avg_code, exp_avg_scale, signed_value, own, block, whole)
     exp_avg_sq = _dequantised(exp_avg_sq_code, exp_avg_sq_scale, value, own, block, whole)
     new, exp_avg, exp_avg_sq = _advance(old, gradient, exp_avg, exp_avg_sq, beta1, rest1, beta2, rest2, decay, step_size, eps)
-    _, _, random = _random(own + start, x0, y0, z0)
-    _store(param + own, new, random, mask)
+    _, _, random = drawn(own + start, x0, y0, z0)
+    store(param + own, new, random, mask)
     _store_quantised(exp_avg_code, exp_avg_scale, exp_avg, signed_border, signed_first, own, block, whole)
     _store_quantised(exp_avg_sq_code, exp_avg_sq_scale, exp_avg_sq, border, first, own, block, whole)
 
@@ -162,7 +162,7 @@ def adamw_(
 ) -> None:
     """As `adamw_bf16.adamw_`. Raises ValueError for a tensor that is not contiguous."""
     tensors = (param, grad, exp_avg, exp_avg_sq, compensation)
-    _check(tensors)
+    check_contiguous(tensors)
     places = (param.numel(), start, *key_constants(key))
     with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
         _adamw_kernel[(triton.cdiv(param.numel(), ELEMENTS),)](
@@ -187,7 +187,7 @@ def adamw8bit_(
         state[f"{name}_{part}"][piece if part == "code" else blocks] for name in ("exp_avg", "exp_avg_sq") for part in ("code", "scale")
     ]
     tensors = (param[piece], grad[piece], *moments)
-    _check(tensors)
+    check_contiguous(tensors)
     books = (*codebook(True, param.device), *codebook(False, param.device))
     places = (tensors[0].numel(), start + piece.start, *key_constants(key))
     with torch.cuda.device_of(param):  # type: ignore[no-untyped-call]
@@ -196,6 +196,6 @@ def adamw8bit_(
         )
 
 
-def _check(tensors: Sequence[Tensor | None]) -> None:
+def check_contiguous(tensors: Sequence[Tensor | None]) -> None:
     if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         raise ValueError("a kernel steps contiguous tensors only")

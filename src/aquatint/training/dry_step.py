@@ -218,7 +218,7 @@ def wants_dry_step(config: Config, device: torch.device) -> bool:
 def reserve_of(config: Config, spec: ModelSpec, device: torch.device) -> Reserve:
     """A kernel updates in place, without temporary tensors."""
     optimizer = config.optimizer
-    in_place = optimizer.name in ("adamw_bf16", "adamw8bit") and optimizer.kernel != "none" and has_kernels(device)
+    in_place = optimizer.name in ("adamw_bf16", "adamw8bit", "adafactor") and optimizer.kernel != "none" and has_kernels(device)
     in_main_memory = config.memory.optimizer_state == "cpu" and device.type != "cpu"
     state = optimizer_room_bytes(config, spec) if in_main_memory else state_parts(config, spec)[1].bytes
     return Reserve(state, 0 if in_place else update_bytes(config))

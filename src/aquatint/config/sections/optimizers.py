@@ -64,6 +64,8 @@ class AdafactorSection(Section):
     """Largest root mean square of one tensor's update."""
     decay_power: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Second-moment decay at step t is 1 - t**-decay_power."""
+    kernel: Literal["auto", "none"] = "auto"
+    """`auto`: three Triton kernels a tensor on a GPU. `none`: plain torch."""
 
 
 class AdamW8bitSection(Section):
