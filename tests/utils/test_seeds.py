@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aquatint.utils.seeds import generator, key_of, seed_of
+from aquatint.utils.seeds import generator, key_of, seed_of, words_of
 
 MASK = 2**64 - 1
 
@@ -59,6 +59,11 @@ def test_golden_seeds_for_other_libraries():
     assert seed_of(0, "rounding") == seed_of(0, "rounding", 0) == 2888811648256933325
     assert seed_of(0, "rounding", 1) == 3605326990850799414
     assert seed_of(2**63 - 1, "rounding", 2**40) == 6407203924704668600
+
+
+def test_golden_words_for_hashes():
+    assert words_of(1, "rounding/0/1") == (3032093147, 946207045)
+    assert len({words_of(seed, f"rounding/{index}") for seed in range(50) for index in range(50)}) == 2500
 
 
 def test_seed_stream_and_position_each_change_the_draw():

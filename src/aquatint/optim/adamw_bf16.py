@@ -117,26 +117,26 @@ def chosen_kernel(kernel: Kernel, params: Sequence[Tensor]) -> Kernel:
 def adamw_tensors_(targets: Sequence[Sequence[Tensor]], kernel: Kernel, *, key: Key, finite: Tensor | None, **settings: Any) -> None:
     """`adamw_` of several weights of one kind: `targets` are the weights, their first moments, second moments, and what else there is.
 
-    A kernel takes them one by one, which is one pass each, and so are sharded ones. Otherwise they are joined, so that there are fewer.
-    A weight's random bits are those of its place among all of them either way. What is not for a compiled update is for plain torch.
+    They are joined, so that there are fewer; sharded ones are taken one by one. A weight's random bits are those of its place among all
+    of them either way. What is not for a compiled update is for plain torch.
     """
-    by_weight = list(zip(*targets, strict=True))
-    is_sharded = any(is_dtensor(param) for param in targets[0])
-    update, groups = adamw_, [[tensors] for tensors in by_weight] if is_sharded else [by_weight]
+    update = adamw_
     if kernel == "auto" and has_kernels(targets[0][0].device):
         from aquatint.optim import kernels
 
-        update, groups = kernels.adamw_, [[tensors] for tensors in by_weight]
+        update = kernels.adamw_
+    is_sharded = any(is_dtensor(param) for param in targets[0])
+    groups = [[[tensor] for tensor in tensors] for tensors in zip(*targets, strict=True)] if is_sharded else [targets]
     start = 0
     for group in groups:
-        params, first = [tensors[0] for tensors in group], start + place_of(group[0][0]).start
-        columns = [[local(tensor) for tensor in tensors] for tensors in zip(*group, strict=True)]
-        joined = [join(tensors) for tensors in columns]
-        grad = join([local_grad(param) for param in params])
-        if kernel != "compiled" or not compiled.adamw_(grad, *joined, key=key, start=first, finite=finite, **settings):
-            for piece in pieces(grad):
-                update(*(vector[piece] for vector in (grad, *joined)), key=key, start=first + piece.start, finite=finite, **settings)
-        for tensors, vector in zip(columns, joined, strict=True):
+        params = group[0]
+        first = start + place_of(params[0]).start
+        columns = [[local(tensor) for tensor in tensors] for tensors in group] if is_sharded else group
+        joined = [join([local_grad(param) for param in params]), *(join(tensors) for tensors in columns)]
+        if kernel != "compiled" or not compiled.adamw_(*joined, key=key, start=first, finite=finite, **settings):
+            for piece in pieces(joined[0]):
+                update(*(vector[piece] for vector in joined), key=key, start=first + piece.start, finite=finite, **settings)
+        for tensors, vector in zip(columns, joined[1:], strict=True):
             spread_(vector, tensors)
         start += sum(param.numel() for param in params)
 

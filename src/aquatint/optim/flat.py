@@ -37,8 +37,8 @@ def spread_(joined: Tensor, targets: Sequence[Tensor]) -> None:
     """Write a vector made by `join` back into its tensors; nothing is to do where it is a view."""
     if joined.data_ptr() == targets[0].data_ptr():
         return
-    for target, piece in zip(targets, torch.split(joined, [target.numel() for target in targets]), strict=True):
-        target.copy_(piece.view(target.shape))
+    parts = torch.split(joined, [target.numel() for target in targets])
+    torch._foreach_copy_(list(targets), [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
 
 
 def pieces(vector: Tensor) -> Iterator[slice]:

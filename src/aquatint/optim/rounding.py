@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aquatint.utils.seeds import seed_of
+from aquatint.utils.seeds import words_of
 
 Key = tuple[int, int]
 
@@ -24,8 +24,7 @@ MULTIPLIER, INCREMENT = 1664525, 1013904223  # of the generator's first round
 
 def rounding_key(seed: int, index: int, step: int) -> Key:
     """What the random bits for step `step` of the weights with this index are drawn from: two words of 32 bits."""
-    upper, lower = divmod(seed_of(seed, f"rounding/{index}", step), 1 << 32)
-    return upper, lower
+    return words_of(seed, f"rounding/{index}/{step}")
 
 
 def key_constants(key: Key) -> tuple[int, int, int]:

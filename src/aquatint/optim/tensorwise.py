@@ -96,8 +96,9 @@ class TensorwiseOptimizer(Optimizer):
             for step in sorted(set(steps)):
                 self.advance([tensor for tensor, own in zip(tensors, steps, strict=True) if own == step], unit, step + 1, finite)
         counts = [self.state[param]["step"] for param in params]
-        torch._foreach_add_(counts, 1)
-        self._counted.update((param, (count, step + 1)) for param, count, step in zip(params, counts, steps, strict=True))
+        for param, count, step in zip(params, counts, steps, strict=True):
+            count.add_(1)
+            self._counted[param] = count, step + 1
 
     def _steps_of(self, param: Tensor) -> int:
         """How many steps a weight has behind it. A tensor is read only once: to read one in every step takes longer than to count along."""

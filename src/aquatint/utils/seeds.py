@@ -24,6 +24,12 @@ def generator(seed: int, stream: str, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key_of(seed, stream), counter=counter))
 
 
+def words_of(seed: int, stream: str) -> tuple[int, int]:
+    """Two words of 32 bits, for who draws by a hash of his own: a twentieth of the time of a generator."""
+    first, second = key_of(seed, stream).view(np.uint32)[:2].tolist()
+    return first, second
+
+
 def seed_of(seed: int, stream: str, position: int = 0) -> int:
     """A 63-bit integer for generators of other libraries."""
     return int(generator(seed, stream, position).integers(0, 2**63 - 1))
