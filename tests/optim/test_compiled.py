@@ -159,3 +159,6 @@ def test_auto_compiles_for_many_weights_on_a_cpu_only_where_it_can(monkeypatch, 
     assert "the C++ compiler false fails: exit code 1" in caplog.text
     with pytest.raises(UsageError, match="exit code 1"):
         adamw_bf16.chosen_kernel("compiled", few)
+    monkeypatch.setenv("CXX", "true")  # makes nothing that could be loaded
+    with pytest.raises(UsageError, match=r"true fails: .*adamw\.so"):
+        adamw_bf16.chosen_kernel("compiled", few)

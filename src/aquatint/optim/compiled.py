@@ -55,10 +55,13 @@ def library() -> ctypes.CDLL:
         own = (*NATIVE.get(platform.machine(), ("-mcpu=native",)), *THREADS.get(platform.system(), ()))
         command = [name, *FLAGS, *own, str(SOURCE), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            first = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-            raise UsageError(f"the C++ compiler {name} fails: {first}", hint=f"name another in the environment variable CXX, or {hint}")
-        return ctypes.CDLL(str(built))
+        try:
+            if done.returncode == 0:
+                return ctypes.CDLL(str(built))
+            said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        except OSError as error:  # it needs a library, of OpenMP say, that is not here
+            said = str(error)
+    raise UsageError(f"the C++ compiler {name} fails: {said}", hint=f"name another in the environment variable CXX, or {hint}")
 
 
 def adamw_(
