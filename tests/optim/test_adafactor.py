@@ -46,9 +46,20 @@ def test_a_gradient_of_rank_one_is_normalised_to_signs():
 
 def test_vectors_are_not_factored():
     grad, old = randn(0, 10), randn(1, 10).square()
-    factors, new = unfactored(grad, old, 0.75)
-    torch.testing.assert_close(new, 0.75 * old + 0.25 * grad.square())
-    torch.testing.assert_close((grad.view(-1, 1) * factors.left * factors.right)[:, 0], grad / new.sqrt())
+    torch.testing.assert_close(unfactored(grad, old, 0.75), 0.75 * old + 0.25 * grad.square())
+
+
+def test_each_of_several_vectors_is_clipped_on_its_own():
+    """At the first step an update is the gradient's signs, of root mean square 1."""
+    params = [Parameter(torch.zeros(size)) for size in (3, 40, 500)]
+    optimizer = Adafactor(params, lr=0.5, clip_threshold=0.25, seed=0)
+    for index, param in enumerate(params):
+        param.grad = randn(index, len(param)) * 10**index
+    optimizer.step()
+    assert len(optimizer.units()) == 1
+    for param in params:
+        torch.testing.assert_close(param.detach(), -0.5 * 0.25 * param.grad.sign())
+        torch.testing.assert_close(optimizer.state[param]["exp_avg_sq"], param.grad.square())
 
 
 def test_large_updates_are_clipped_and_small_ones_are_not_amplified():

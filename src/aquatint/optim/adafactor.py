@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aquatint.optim.adamw_bf16 import Kernel, has_kernels
-from aquatint.optim.flat import row_pieces
-from aquatint.optim.rounding import Key, copy_stochastic_, draw_rows, exact, write_
-from aquatint.optim.sharded import Place, local, local_grad, place_of
+from aquatint.optim.flat import join, row_pieces, spread_
+from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, draw_rows, exact, write_
+from aquatint.optim.sharded import Place, local, local_grad, place_of, whole_norms
 from aquatint.optim.tensorwise import State, TensorwiseOptimizer, Unit
 
 EPS = 1e-30  # epsilon_1 of the paper: keeps the root of a zero gradient's second moment from being 0
@@ -66,10 +67,9 @@ def squares(grad: Tensor) -> tuple[Tensor, Tensor]:
     return row, col
 
 
-def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> tuple[Factors, Tensor]:
-    """1 / sqrt(V) of a vector, taken as a matrix (O, 1), and its new V; all float32 (arXiv 1804.04235, algorithm 5)."""
-    exp_avg_sq = decay * exp_avg_sq + (1 - decay) * (grad.float().square() + EPS)
-    return Factors(exp_avg_sq.rsqrt().unsqueeze(1), torch.ones_like(exp_avg_sq[:1])), exp_avg_sq
+def unfactored(grad: Tensor, exp_avg_sq: Tensor, decay: float) -> Tensor:
+    """The new V of a vector, float32 (arXiv 1804.04235, algorithm 5)."""
+    return decay * exp_avg_sq + (1 - decay) * (grad.float().square() + EPS)
 
 
 def clip_scale(grad: Tensor, factors: Factors, threshold: float, place: Place | None = None, passes: Passes | None = None) -> Tensor:
@@ -142,8 +142,8 @@ class Adafactor(TensorwiseOptimizer):
         super().__init__(params, {**defaults, "seed": seed})
 
     def kind(self, param: Tensor) -> Hashable:
-        """Each on its own: an update is clipped as a whole."""
-        return id(param)
+        """Matrices each on their own."""
+        return super().kind(param) if param.dim() < 2 else id(param)
 
     def steps_part(self, param: Tensor) -> bool:
         """But for weights so small that a process may have nothing of them."""
@@ -158,11 +158,14 @@ class Adafactor(TensorwiseOptimizer):
         return {"exp_avg_sq_row": zeros(rows), "exp_avg_sq_col": zeros(param.numel() // rows)}
 
     def advance(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
-        for param in params:
-            if param.grad is not None:
-                part, grad, place = local(param), local_grad(param), place_of(param)
-                passes = passes_for(self.kernel, part)
-                adafactor_(part, grad, self.state[param], self.key(unit, step), unit.group, step, finite, place, passes)
+        key, states = self.key(unit, step), [self.state[param] for param in params]
+        if params[0].dim() < 2:
+            vectors_(params, [state["exp_avg_sq"] for state in states], key, unit.group, step, finite)
+            return
+        for param, state in zip(params, states, strict=True):
+            part = local(param)
+            passes = passes_for(self.kernel, part)
+            adafactor_(part, local_grad(param), state, key, unit.group, step, finite, place_of(param), passes)
 
 
 def adafactor_(
@@ -176,22 +179,49 @@ def adafactor_(
     place: Place | None = None,
     passes: Passes = PLAIN,
 ) -> None:
-    """One step of a weight, or of the part of one at `place`, in place, if `finite`; rounding as `copy_stochastic_` does."""
+    """One step of a matrix, or of the part of one at `place`, in place, if `finite`; rounding as `copy_stochastic_` does."""
     place = place or place_of(param)
+    weights, grad = param.flatten(1), grad.flatten(1)
     second_decay = second_moment_decay(step, group["decay_power"])
-    new: State
-    if param.dim() < 2:
-        weights, grad = param.view(-1, 1), grad.view(-1, 1)
-        factors, exp_avg_sq = unfactored(grad[:, 0], state["exp_avg_sq"], second_decay)
-        new = {"exp_avg_sq": exp_avg_sq}
-    else:
-        weights, grad = param.flatten(1), grad.flatten(1)
-        factors, row, col = factored(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], second_decay, place, passes)
-        new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+    factors, row, col = factored(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], second_decay, place, passes)
     scale = group["lr"] * clip_scale(grad, factors, group["clip_threshold"], place, passes)
     decay, first = 1 - group["lr"] * group["weight_decay"], place.start // weights.shape[1]
     passes.update_(weights, grad, factors.left, factors.right * scale, decay, key, first, finite)
     if weights.data_ptr() != param.data_ptr():
         param.copy_(weights.view(param.shape))
-    for name, second_moment in new.items():
-        write_(state[name], second_moment, finite)
+    write_(state["exp_avg_sq_row"], row, finite)
+    write_(state["exp_avg_sq_col"], col, finite)
+
+
+def vectors_(
+    params: Sequence[Tensor], second_moments: Sequence[Tensor], key: Key, group: dict[str, Any], step: int, finite: Tensor | None
+) -> None:
+    """One step of vectors at once, or of this process's parts of them, in place, if `finite`. Each update is clipped on its own.
+
+    The random bits are those of places among all of them.
+    """
+    parts, places = [local(param) for param in params], [place_of(param) for param in params]
+    weights, old = join(parts), join(second_moments)
+    grad = join([local_grad(param) for param in params]).float()
+    new = unfactored(grad, old, second_moment_decay(step, group["decay_power"]))
+    update = grad * new.rsqrt()
+    pieces = torch.split(update, [part.numel() for part in parts])
+    norms = whole_norms(torch._foreach_norm(pieces), params)
+    scales = torch._foreach_mul(norms, [1 / (group["clip_threshold"] * math.sqrt(place.shape.numel())) for place in places])
+    torch._foreach_clamp_min_(scales, 1.0)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(pieces, torch._foreach_mul(scales, group["lr"]))
+    value = exact(weights).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
+    copy_stochastic_(weights, value, _bits_for(weights, parts, places, key), finite)
+    write_(old, new, finite)
+    spread_(weights, parts)
+    spread_(old, second_moments)
+
+
+def _bits_for(weights: Tensor, parts: Sequence[Tensor], places: Sequence[Place], key: Key) -> Tensor:
+    """Random numbers (1, n) for vectors one behind the other, `weights`; of a part, those at its place in the whole."""
+    if all(place.group is None for place in places):
+        return draw_for(weights, key, rows=1)
+    firsts = accumulate((place.shape.numel() for place in places), initial=0)
+    drawn = [draw_for(part, key, first + place.start, rows=1) for part, place, first in zip(parts, places, firsts, strict=False)]
+    return torch.cat(drawn, dim=1)

@@ -15,7 +15,7 @@ from aquatint.planning.groups import frozen_names
 from aquatint.planning.trained import num_frozen, trained_shapes, unet_dtype, weight_dtype, weight_shapes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-JOINING = ("adamw_bf16", "adamw8bit", "soap")  # optimizers that step small neighbours together
+JOINING = ("adamw_bf16", "adamw8bit", "adafactor", "soap")  # optimizers that step small neighbours together
 MOMENTS_BYTES = 8  # of one element, in float32
 
 
