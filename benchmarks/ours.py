@@ -48,6 +48,13 @@ def tiny_unet(seed: int = 0) -> Any:
     return unet.requires_grad_(True).train()
 
 
+def our_unet(seed: int = 0) -> Any:
+    """The same, made ready as a run does it; that tells the process how to go about memory too."""
+    from aquatint.training.parallelize import ready_for_training
+
+    return ready_for_training(tiny_unet(seed), gradient_checkpointing=False, device=torch.device("cpu"))
+
+
 def draw_batches(unet_config: dict[str, Any], count: int, size: int, side_latent: int, seed: int = 0) -> list[Batch]:
     """Batches of noise in the place of pictures and captions; pinned where there is a GPU to copy them to."""
     bits = torch.Generator().manual_seed(seed)

@@ -32,7 +32,7 @@ from aquatint.models.sdxl.model import build_unet, sdxl_spec
 from aquatint.optim.create import create_optimizer
 from aquatint.training.parallelize import Speed, rearrange
 from benchmarks.machine import has, keep, load, versions
-from benchmarks.ours import Loop, draw_batches, our_loop, our_parts, repeated, tiny_unet
+from benchmarks.ours import Loop, draw_batches, our_loop, our_parts, our_unet, repeated, tiny_unet
 from benchmarks.peers import script, script_loop, script_loop_accelerate
 
 WARMUP, STEPS, BATCH_SIZE = 1, 2, 2
@@ -163,7 +163,7 @@ def tiny() -> dict[str, Any]:
     """On the CPU, each with its own AdamW."""
     found = {}
     for name in ["ours", "script", *(["script with accelerate"] if has("accelerate") else [])]:
-        unet = tiny_unet()
+        unet = our_unet() if name == "ours" else tiny_unet()
         if name == "ours":
             optimizer: Any = create_optimizer("adamw", unet.named_parameters(), seed=0, learning_rate=1e-5, weight_decay=0.01)
             loop = our_loop(our_parts(unet, optimizer))
@@ -180,8 +180,8 @@ def full(side_latent: int = 128) -> dict[str, Any]:
     for name in ("ours", "ours, [speed]", "script"):
         unet: Any = build_unet(sdxl_spec()).train()
         if name.startswith("ours"):
-            if name != "ours":
-                rearrange(unet, Speed(channels_last=True, kernels=True, fused_qkv=True), torch.device("meta"), lean=True)
+            speed = Speed() if name == "ours" else Speed(channels_last=True, kernels=True, fused_qkv=True)
+            rearrange(unet, speed, torch.device("meta"), lean=True)
             optimizer: Any = create_optimizer("adamw", unet.named_parameters(), seed=0, learning_rate=1e-5, weight_decay=0.01)
             loop = our_loop(our_parts(unet, optimizer, device="meta"))
         else:

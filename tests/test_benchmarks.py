@@ -117,6 +117,13 @@ def test_our_loop_never_makes_the_host_wait(smallest_unet):
     assert sum(found["aten calls by phase"].values()) == found["aten calls"] > found["views"]
 
 
+@pytest.mark.long
+def test_every_program_takes_its_turn_in_a_process_of_its_own():
+    seconds = step_speed.measure(threads=1, batch_size=1, rounds=2, steps=1)
+    assert list(seconds) == [name for name in step_speed.LOOPS if "accelerate" not in name or has("accelerate")]
+    assert all(len(turns) == 2 and min(turn.processor for turn in turns) > 0 for turns in seconds.values())
+
+
 def test_ratios_are_made_round_by_round():
     seconds = {"ours": [step_speed.Seconds(1.0, 2.0), step_speed.Seconds(2.0, 2.0)], "script": [step_speed.Seconds(3.0, 2.0)] * 2}
     found = step_speed.report(seconds)

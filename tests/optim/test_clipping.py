@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_
 
 from aquatint.optim.clipping import Clipping, tensor_norms, whole_norm
 
@@ -55,6 +56,29 @@ def test_zero_does_not_clip(mode):
     clipping = Clipping(mode, 0.0)
     clipping.remember(torch.tensor(100.0))
     assert clipped(clipping) == [3.0, 4.0, 12.0]
+
+
+@pytest.mark.parametrize("mode", ["global", "per_tensor", "delayed"])
+@pytest.mark.parametrize("norm", [1.0, 3.4999988, 3.4999991, 3.5, 4.0, torch.inf, torch.nan])
+def test_each_bit_is_that_of_torchs_own_clip_and_what_is_short_enough_is_not_touched(mode, norm):
+    ours, theirs = weights(), weights()
+    clipping = Clipping(mode, 3.5)
+    clipping.previous_norm.fill_(norm)
+    clipping.clip_(ours, [torch.tensor(norm)] * 3, torch.tensor(norm))
+    clip_grads_with_norm_(theirs, 3.5, torch.tensor(norm))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad.view(torch.int32), other.grad.view(torch.int32))
+    scale = torch.clamp(3.5 / (torch.tensor(norm) + 1e-6), max=1.0)
+    assert (ours[0].grad._version > weights()[0].grad._version) == bool(scale != 1)
+
+
+def test_the_norm_of_all_need_not_be_worked_out_twice(monkeypatch: pytest.MonkeyPatch):
+    params = weights()
+    norms = tensor_norms(params)
+    whole = whole_norm(norms)
+    monkeypatch.delattr("aquatint.optim.clipping.whole_norm")
+    Clipping("global", 6.5).clip_(params, norms, whole)
+    assert [norm.item() for norm in tensor_norms(params)] == pytest.approx([1.5, 2.0, 6.0], rel=1e-5)
 
 
 def test_only_a_delayed_clip_has_something_to_save():

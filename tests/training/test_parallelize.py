@@ -74,6 +74,39 @@ def test_a_torch_that_may_compile_otherwise_the_next_time_is_refused_with_advice
         ready_for_training(Net(), gradient_checkpointing=False, device=torch.device("cpu"), speed=Speed(compile="blocks"))
 
 
+@pytest.mark.parametrize(("limit", "asked"), [(24, [("trim", 1 << 30), ("mmap", 1 << 25)]), (23, [("mmap", 1 << 20)])])
+def test_freed_memory_is_kept_for_a_small_model_and_returned_for_a_large_one(limit, asked, monkeypatch: pytest.MonkeyPatch):
+    """Of six float32 weights, 24 bytes."""
+    told: list[tuple[str, int]] = []
+    names = {parallelize.M_TRIM_THRESHOLD: "trim", parallelize.M_MMAP_THRESHOLD: "mmap"}
+    monkeypatch.setattr(parallelize, "tell_glibc", lambda option, value: told.append((names[option], value)))
+    monkeypatch.setattr(parallelize, "LARGE_MODEL_BYTES", limit)
+    ready_for_training(Net(), gradient_checkpointing=False, device=torch.device("cpu"))
+    assert told == asked
+
+
+@pytest.mark.long
+def test_kept_memory_is_taken_again_without_fresh_pages():
+    """200 MB in pieces of 2 MB are 50,000 pages. In a process of its own: the switch cannot be undone."""
+    script = """
+        import resource
+        import torch
+        from aquatint.training.parallelize import keep_freed_memory
+
+        def fresh_pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            [torch.zeros(1 << 19) + 1 for _ in range(100)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        keep_freed_memory()
+        print(fresh_pages(), fresh_pages())
+    """
+    output = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True).stdout
+    first, second = map(int, output.split())
+    assert first > 40_000
+    assert second < 1000
+
+
 def test_freed_tensors_go_back_to_the_system():
     """After the switch, 200 MB in pieces of 2 MB leave nothing behind. In a process of its own: the switch cannot be undone."""
     script = """

@@ -29,6 +29,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.keeper: MainMemory | None = None  # of a state that is not to be beside the weights
+        self.one = torch.ones((), device="cpu")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, finite: Tensor | None = None) -> float | None:  # type: ignore[override]
@@ -60,7 +61,10 @@ class AdamW(torch.optim.AdamW):
         states = [self._state_of(param) for param in params]
         steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
+        if steps[0].is_cpu:  # where each count is added to on its own, and a plain 1 made a tensor each time
+            torch._foreach_add_(steps, self.one, alpha=1)
+        else:
+            torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             [local(param) for param in params], [local_grad(param) for param in params], exp_avgs, exp_avg_sqs, [], steps,
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,

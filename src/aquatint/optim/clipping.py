@@ -14,6 +14,8 @@ from aquatint.optim.sharded import local_grad, whole_norms
 
 Clip = Literal["global", "per_tensor", "delayed"]
 
+TORCHS_EPS = 1e-6  # what torch's clip adds to a norm before it divides by it
+
 
 def tensor_norms(params: Sequence[Tensor]) -> list[Tensor]:
     """The L2 norm of each gradient, accumulated in float32 whatever its dtype; of a sharded one, that of the whole."""
@@ -50,17 +52,29 @@ class Clipping:
         """What a checkpoint must hold for the run to go on exactly."""
         return {"previous_norm": self.previous_norm} if self.mode == "delayed" else {}
 
-    def clip_(self, params: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
-        """Scale gradients in place. For `global` they must be all there are; otherwise any part may come alone."""
+    def clip_(self, params: Sequence[Tensor], norms: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Scale gradients in place. For `global` they must be all there are; otherwise any part may come alone.
+
+        `whole` is the `whole_norm` of `norms`, if it is known already.
+        """
         if self.max_norm == 0:
             return
         if self.mode == "per_tensor":
             for param, norm in zip(params, norms, strict=True):
-                clip_grads_with_norm_(param, self.max_norm, norm)
+                _shorten_([param], self.max_norm, norm)
+        elif self.mode == "delayed":
+            _shorten_(params, self.max_norm, self.previous_norm)
         else:
-            clip_grads_with_norm_(params, self.max_norm, self.previous_norm if self.mode == "delayed" else whole_norm(norms))
+            _shorten_(params, self.max_norm, whole_norm(norms) if whole is None else whole)
 
     def remember(self, norm: Tensor, finite: Tensor | None = None) -> None:
         """Keep the norm of a step that was taken, for the next one; where the bool scalar `finite` is False, it was not."""
         if self.mode == "delayed":
             write_(self.previous_norm, norm, finite)
+
+
+def _shorten_(params: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+    """As torch does it, but what is in main memory is not multiplied by 1."""
+    if norm.device.type == "cpu" and (max_norm / (norm + TORCHS_EPS)).numpy() >= 1:
+        return
+    clip_grads_with_norm_(params, max_norm, norm)

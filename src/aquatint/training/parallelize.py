@@ -15,18 +15,32 @@ from aquatint.models.recompute import Recompute, recompute
 from aquatint.optim.adamw_bf16 import has_kernels
 
 LARGE_MODEL_BYTES = 1 << 30
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def return_freed_memory() -> None:
     """Tells glibc to give tensors above 1 MiB back to the system when they are freed.
 
     Otherwise their memory stays with the process and falls to pieces: a full-size model then takes 14.5 GiB to train on a CPU, and
-    10.6 so. Small models are better off without, since fresh pages cost time. Other C libraries ignore it.
+    10.6 so. Other C libraries ignore it.
     """
+    tell_glibc(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed, up to 1 GiB, but for tensors above 32 MiB.
+
+    By itself it gives back the memory of a small model at every step, and fresh pages cost a twentieth of the next step.
+    """
+    tell_glibc(M_TRIM_THRESHOLD, 1 << 30)
+    tell_glibc(M_MMAP_THRESHOLD, 1 << 25)  # the most it takes
+
+
+def tell_glibc(option: int, value: int) -> None:
+    """Sets an option of malloc; other C libraries have none."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(option, value)
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -83,15 +97,17 @@ def ready_for_training(
     recompute(unet, gradient_checkpointing)
     compile_as_asked(unet, speed)
     unet.train()
-    if device.type == "cpu" and sum(p.numel() * p.element_size() for p in unet.parameters()) > LARGE_MODEL_BYTES:
-        return_freed_memory()
+    if device.type == "cpu":
+        is_large = sum(p.numel() * p.element_size() for p in unet.parameters()) > LARGE_MODEL_BYTES
+        return_freed_memory() if is_large else keep_freed_memory()
     return unet.to(device)  # type: ignore[no-any-return]
 
 
 def rearrange(unet: Any, speed: Speed, device: torch.device, *, lean: bool) -> None:
-    """Another order in memory, and other operations for the same arithmetic, where asked. Raises UsageError without Triton for a GPU.
+    """Another order in memory, and other operations for the same arithmetic, where asked; what does nothing is left out unasked.
 
-    `lean`: what kernels keep for the backward pass is as little as can be, which checkpointing has no use for.
+    `lean`: what kernels keep for the backward pass is as little as can be, which checkpointing has no use for. Raises UsageError
+    without Triton for a GPU.
     """
     needs_triton = [name for name, asked in (("kernels", speed.kernels), ("compile", speed.compile != "none")) if asked]
     if needs_triton and device.type == "cuda" and not has_kernels(device):
@@ -99,16 +115,16 @@ def rearrange(unet: Any, speed: Speed, device: torch.device, *, lean: bool) -> N
             f"speed.{needs_triton[0]} is set, which needs Triton and a GPU of compute capability 8.0 or newer",
             hint=f"install triton (RTX 30xx, A100 and newer can use it), or leave out speed.{needs_triton[0]}",
         )
-    if speed.channels_last or speed.kernels or speed.fused_qkv:
-        from aquatint.models.sdxl import speed as ways
+    from aquatint.models.sdxl import speed as ways
 
-        for asked, use in (
-            (speed.channels_last, ways.use_channels_last),
-            (speed.kernels, partial(ways.use_kernels, lean=lean)),
-            (speed.fused_qkv, ways.use_fused_qkv),
-        ):
-            if asked:
-                use(unet)
+    ways.leave_out_idle(unet)
+    for asked, use in (
+        (speed.channels_last, ways.use_channels_last),
+        (speed.kernels, partial(ways.use_kernels, lean=lean)),
+        (speed.fused_qkv, ways.use_fused_qkv),
+    ):
+        if asked:
+            use(unet)
 
 
 def compile_as_asked(unet: Any, speed: Speed) -> None:

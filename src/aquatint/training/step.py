@@ -197,7 +197,7 @@ def move_weights(parts: Parts, loss: Tensor) -> tuple[Tensor, Tensor]:
     norms = tensor_norms(parameters)
     norm = whole_norm(norms)
     finite = is_finite(loss) & is_finite(norm)
-    parts.clipping.clip_(parameters, norms)
+    parts.clipping.clip_(parameters, norms, norm)
     parts.clipping.remember(norm, finite)
     parts.optimizer.step(finite=finite)
     return norm, finite

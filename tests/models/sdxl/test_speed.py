@@ -7,14 +7,16 @@ from functools import cache, partial
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from torch.overrides import TorchFunctionMode
 
 from aquatint.demo.model import random_tensors
 from aquatint.models.adapter_shapes import AdapterSpec
 from aquatint.models.adapters import attach, start
 from aquatint.models.recompute import recompute
 from aquatint.models.sdxl.model import build_unet, predict
-from aquatint.models.sdxl.speed import compile_blocks, use_channels_last, use_fused_qkv, use_kernels
+from aquatint.models.sdxl.speed import compile_blocks, leave_out_idle, use_channels_last, use_fused_qkv, use_kernels
 from aquatint.tensor_file import write_tensors
 from tests.models.sdxl.small import small_spec
 
@@ -99,6 +101,56 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_one(way, autocas
     found = errors(exact(), results(changed(unet_of(dtype), way), autocast=autocast))
     for of_ours, of_plain in zip(found, errors(exact(), plain(dtype, autocast)), strict=True):
         assert of_ours < 1.1 * of_plain
+
+
+@pytest.mark.parametrize("what", ["bf16", "autocast", "channels_last", "lora", "pointwise"])
+def test_without_what_is_idle_every_bit_is_the_same(what):
+    dtype, adapter, autocast = (
+        (torch.bfloat16 if what == "bf16" else torch.float32),
+        ("lora" if what == "lora" else None),
+        what == "autocast",
+    )
+    expected, found = unet_of(dtype, adapter), unet_of(dtype, adapter)
+    leave_out_idle(found)
+    for unet in (expected, found):
+        if what == "channels_last":
+            use_channels_last(unet)
+        recompute(unet, "pointwise" if what == "pointwise" else False)
+    assert all(map(torch.equal, results(expected, autocast=autocast), results(found, autocast=autocast)))
+    assert list(dict(found.named_modules())) == list(dict(expected.named_modules()))
+
+
+class Divisions(TorchFunctionMode):
+    """Counts divisions."""
+
+    found = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.found += func.__name__ in ("div", "__truediv__")
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_idle_is_one_division_for_each_residual_block_and_each_attention():
+    unet = unet_of()
+    with Divisions() as before:
+        expected = results(unet)
+    unet.zero_grad()
+    leave_out_idle(unet)
+    with Divisions() as after:
+        assert all(map(torch.equal, expected, results(unet)))
+    assert before.found - after.found == sum(isinstance(module, ResnetBlock2D | Attention) for module in unet.modules())
+
+
+def test_what_is_not_idle_or_changed_already_stays():
+    others = (
+        ResnetBlock2D(in_channels=32, output_scale_factor=2.0),
+        Attention(8, rescale_output_factor=2.0),
+        Attention(8, residual_connection=True),
+    )
+    modules = torch.nn.ModuleList([*others, changed(unet_of(), "all")])
+    before = [type(module) for module in modules.modules()]
+    leave_out_idle(modules)
+    assert [type(module) for module in modules.modules()] == before
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -24,6 +24,37 @@ Backend = Literal["inductor", "aot_eager", "eager"]
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 
+class PlainResnet(ResnetBlock2D):
+    """A residual block without the division by 1 that diffusers ends it with."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:  # type: ignore[override]
+        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return input_tensor + hidden
+
+
+class PlainAttention(Attention):
+    """Attention without a division by 1, and without a look at the signature of a processor."""
+
+    def project(self, hidden_states: Tensor, captions: Tensor | None) -> list[Tensor]:
+        """Query, key and value; of the captions the last two, if there are any."""
+        source = hidden_states if captions is None else captions
+        return [self.to_q(hidden_states), self.to_k(source), self.to_v(source)]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        assert attention_mask is None, "SDXL has no masks"
+        found = self.project(hidden_states, encoder_hidden_states)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in found)
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        output: Tensor = self.to_out[1](self.to_out[0](seen))
+        return output
+
+
 class ChannelsLastTransformer(Transformer2DModel):
     """Hands on its tokens as pictures with channels last, which they are, where diffusers copies them."""
 
@@ -57,8 +88,7 @@ class OwnResnet(ResnetBlock2D):
         hidden = self.conv2(self.dropout(self.norm2(hidden, shift)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        result: Tensor = (input_tensor + hidden) / self.output_scale_factor
-        return result
+        return input_tensor + hidden
 
 
 class OwnFeedForward(FeedForward):
@@ -80,31 +110,37 @@ class LeanFeedForward(OwnFeedForward):
         return geglu_linear(first.proj(hidden_states), last.weight, last.bias)
 
 
-class JoinedProjections:
-    """An attention processor with one product for query, key and value, or for key and value where those come from the captions."""
+class JoinedAttention(PlainAttention):
+    """One product for query, key and value, or for key and value where those come from the captions."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        assert attention_mask is None, "SDXL has no masks"
-        if encoder_hidden_states is None:
-            found = joined_linear(hidden_states, attn.to_q.weight, attn.to_k.weight, attn.to_v.weight)
-        else:
-            found = [attn.to_q(hidden_states), *joined_linear(encoder_hidden_states, attn.to_k.weight, attn.to_v.weight)]
-        query, key, value = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in found)
-        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        output: Tensor = attn.to_out[1](attn.to_out[0](seen))
-        return output
+    def project(self, hidden_states: Tensor, captions: Tensor | None) -> list[Tensor]:
+        if captions is None:
+            return joined_linear(hidden_states, self.to_q.weight, self.to_k.weight, self.to_v.weight)
+        return [self.to_q(hidden_states), *joined_linear(captions, self.to_k.weight, self.to_v.weight)]
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is its matrix and nothing else: no adapter hangs on it, and its weights are not quantised."""
     return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def leave_out_idle(unet: nn.Module) -> None:
+    """Leaves out what changes no bit: divisions by 1, and what diffusers looks up at every step for models that are not SDXL."""
+    for module in unet.modules():
+        if type(module) is ResnetBlock2D and is_sdxl_resnet(module):
+            module.__class__ = PlainResnet
+        elif type(module) is Attention and is_sdxl_attention(module):
+            module.__class__ = PlainAttention
+
+
+def is_sdxl_resnet(block: Any) -> bool:
+    plain = block.upsample is None and block.downsample is None and block.time_embedding_norm == "default" and not block.skip_time_act
+    return plain and block.time_emb_proj is not None and isinstance(block.nonlinearity, nn.SiLU) and block.output_scale_factor == 1
+
+
+def is_sdxl_attention(attention: Any) -> bool:
+    names = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+    return all(not getattr(attention, name) for name in names) and attention.rescale_output_factor == 1 and attention.scale_qk
 
 
 def use_channels_last(unet: nn.Module) -> None:
@@ -136,7 +172,8 @@ def use_kernels(unet: nn.Module, *, lean: bool = True) -> None:
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
-            _check_resnet(module)
+            if not is_sdxl_resnet(module):
+                raise ValueError("a residual block of another kind is not of SDXL")
             module.norm1.__class__ = module.norm2.__class__ = OwnGroupNormSilu
             module.__class__ = OwnResnet
         elif isinstance(module, Transformer2DModel):
@@ -149,12 +186,6 @@ def use_kernels(unet: nn.Module, *, lean: bool = True) -> None:
     unet.conv_act = nn.Identity()
 
 
-def _check_resnet(block: Any) -> None:
-    plain = block.upsample is None and block.downsample is None and block.time_embedding_norm == "default" and not block.skip_time_act
-    if not plain or block.time_emb_proj is None or not isinstance(block.nonlinearity, nn.SiLU):
-        raise ValueError("a residual block of another kind is not of SDXL")
-
-
 def use_fused_qkv(unet: Any) -> None:
     """One product for the projections of each attention. Raises ValueError where one of them is more than a matrix."""
     for module in unet.modules():
@@ -162,7 +193,7 @@ def use_fused_qkv(unet: Any) -> None:
             for layer in (module.to_q, module.to_k, module.to_v):
                 if not is_plain(layer) or layer.bias is not None:
                     raise ValueError("a projection with a bias, an adapter or another number format cannot be joined with others")
-    unet.set_attn_processor(JoinedProjections())
+            module.__class__ = JoinedAttention
 
 
 def can_compile_exactly() -> bool:
