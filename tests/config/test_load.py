@@ -99,6 +99,7 @@ def test_an_optimizer_without_a_name_is_adamw(config_file):
         ("[training]\nlength = 1000\n", "wrong value 1000", 'write "1000 steps" or "1000 epochs"', 6),
         ('[training]\nlength = "1000"\n', 'wrong value "1000"', '"1000 steps"', 6),
         ('[captions]\nstyle = "tag"\n', 'wrong value "tag"', 'did you mean "tags"?', 6),
+        ('[optimizer]\nname = "adafactor"\nkernel = "compiled"\n', 'wrong value "compiled"', 'write "auto" or "none" (default "auto")', 7),
         ('[training]\ndevice = "gpu"\n', 'wrong value "gpu"', 'did you mean "cuda"?', 6),
         ("[samples]\nheight = 1000\n", "wrong value 1000", "such as 992 or 1024", 6),
         ('[samples]\nprompts = "a cat"\n', 'wrong value "a cat"', '["…", "…"]', 6),

@@ -226,7 +226,9 @@ def _report_value(source: Source, path: KeyPath, report: _Report) -> None:
     if not report.is_broken(path):
         parent: Any = _get(source.data, path[:-1])
         known = _holds(parent, path[-1])
-        report.add(path, *(words.wrong_value(key_of(path), parent[path[-1]]) if known else words.missing_value(key_of(path))))
+        key, section = key_of(path), source.data.get(OPTIMIZER)
+        optimizer = section.get("name") if isinstance(section, dict) else None
+        report.add(path, *(words.wrong_value(key, parent[path[-1]], optimizer) if known else words.missing_value(key)))
     report.broken.add(key_of(path))
 
 

@@ -26,13 +26,13 @@ _OTHER_VALUES = {  # what other trainers call a choice
 _FIRST_IN_SECTION = {"model": "model.base", "data": "data.sources"}
 
 
-def find_setting(key: str) -> Setting | None:
-    """The setting of a dotted key; of an entry of a list of plain values, the list."""
+def find_setting(key: str, optimizer: str | None = None) -> Setting | None:
+    """The setting of a dotted key, if several optimizers have one, that of `optimizer`; of an entry of a list of plain values, the list."""
     key = generic(key)
     for name in (key, key.removesuffix(f".{ANY_INDEX}")):
         owners = optimizers_with(name)
         if owners:
-            return table(owners[0]).settings[name]
+            return table(optimizer if optimizer in owners else owners[0]).settings[name]
     return None
 
 
@@ -75,8 +75,8 @@ def missing_value(key: str) -> tuple[str, str]:
     return f"missing setting `{key}`", f"{_EXAMPLES[generic(key)]} ({_uncapitalised(doc)})"
 
 
-def wrong_value(key: str, value: Any) -> tuple[str, str]:
-    """Message and hint for a value that a setting or section cannot have."""
+def wrong_value(key: str, value: Any, optimizer: str | None = None) -> tuple[str, str]:
+    """Message and hint for a value that a setting or section cannot have, in a config with this optimizer."""
     message = f"wrong value {shown(value)} for `{key}`"
     if generic(key) in ("data.sources", f"data.sources.{ANY_INDEX}"):
         return message, 'give each a `[[data.sources]]` line of its own (two brackets), and below it `path = "pictures"`'
@@ -84,7 +84,7 @@ def wrong_value(key: str, value: Any) -> tuple[str, str]:
         return message, "give each group of tags a `[[captions.categories]]` line (two brackets), and below it `tags` and `drop_prob`"
     if generic(key) in ("training.groups", f"training.groups.{ANY_INDEX}"):
         return message, "give each group a `[[training.groups]]` line (two brackets), and below it `match` and `learning_rate_factor`"
-    setting = find_setting(key)
+    setting = find_setting(key, optimizer)
     if setting is None:
         inside = next((other for other in all_keys() if other.startswith(f"{generic(key)}.")), key)
         return message, f"`{key}` is a section that holds settings, such as `{inside}`"

@@ -46,6 +46,8 @@ class DataSection(Section):
     """Colour behind transparent pictures."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
     """A picture with more pixels than this is refused from its header, before it is decoded."""
+    decode: Literal["scaled", "whole"] = "scaled"
+    """`scaled` decodes a JPEG far larger than its bucket at 1/2, 1/4 or 1/8 of its size, at twice the speed. `whole` decodes all of it."""
     max_bad_share: Share = 0.01
     """The run is refused when more than this share of the pictures cannot be used. At least one bad one is allowed."""
     max_uncaptioned_share: Share = 0.01
