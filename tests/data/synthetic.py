@@ -35,6 +35,7 @@ def manifest(
         "digest": bytes_column(np.asarray(digests, np.uint8).reshape(-1, 16)),
         "height": pa.array(np.maximum(64, np.sqrt(area / aspect)).astype(np.int32)),
         "width": pa.array(np.maximum(64, np.sqrt(area * aspect)).astype(np.int32)),
+        "is_reducible": pa.array(np.ones(count, bool)),
         "captions": pa.ListArray.from_arrays(pa.array(starts), pa.array(captions, pa.string())),
         "source": pa.array(np.zeros(count, np.int16) if source_of is None else np.asarray(source_of, np.int16)),
         "mask_path": pa.nulls(count, pa.binary()),

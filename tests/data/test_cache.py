@@ -32,7 +32,7 @@ from aquatint.data.cache import (
     text_recipe,
 )
 from aquatint.data.engines import Local
-from aquatint.data.image import load_image, save_png
+from aquatint.data.image import decode_image, save_png
 from aquatint.data.places import Opener, Place
 from aquatint.data.shards import CorruptEntry, ShardStore
 from aquatint.errors import StorageError
@@ -83,6 +83,17 @@ def test_a_key_is_the_digest_of_recipe_picture_and_crop() -> None:
     assert text_keys(["ä"], recipe).tobytes() == hashlib.blake2b(recipe + "ä".encode(), digest_size=16).digest()
 
 
+def test_a_picture_that_is_decoded_smaller_has_another_key_and_the_others_have_theirs() -> None:
+    digests, rows, recipe = np.arange(64, dtype=np.uint8).reshape(4, 16), crop_rows([crop.fit((900, 600), (64, 64))] * 4), bytes(16)
+    whole = latent_keys(digests, rows, recipe)
+    keys = latent_keys(digests, rows, recipe, np.array([1, 2, 1, 8], np.int32))
+    assert (keys == whole).all(axis=1).tolist() == [True, False, True, False]
+    numbers = np.array([*rows[3], 8], dtype="<i4").tobytes()
+    assert bytes(keys[3]) == hashlib.blake2b(recipe + bytes(digests[3]) + numbers, digest_size=16).digest()
+    assert len(np.unique(latent_keys(digests[[1] * 4], rows, recipe, np.array([1, 2, 4, 8], np.int32)), axis=0)) == 4
+    assert np.array_equal(latent_keys(digests, rows, recipe, np.ones(4, np.int32)), whole)
+
+
 @pytest.mark.parametrize("version", ["KEY_VERSION", "PICTURE_VERSION"])
 def test_a_recipe_changes_with_the_way_pictures_are_made(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     before = latent_recipe(**GIVEN), mask_recipe("file")
@@ -123,7 +134,7 @@ def test_keys_of_a_million_views_take_seconds() -> None:
 
 
 def load(one: LatentRequest) -> Any:
-    return load_image(io.BytesIO(Path(one.place.path).read_bytes()), "#ffffff", 10**6)
+    return decode_image(io.BytesIO(Path(one.place.path).read_bytes()), "#ffffff", 10**6, reduction=one.reduction)
 
 
 def test_what_is_missing_is_encoded_and_can_be_read(tmp_path: Path) -> None:
@@ -181,17 +192,34 @@ def test_a_shard_holds_one_shape_and_no_more_than_it_may(tmp_path: Path) -> None
 def test_a_picture_is_decoded_once_for_all_its_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     decoded: list[int] = []
 
-    def count(file: Any, *rest: Any) -> Any:
-        pixels = load_image(file, *rest)
-        decoded.append(int(pixels[0, 0, 0]))
-        return pixels
+    def count(file: Any, **rest: Any) -> Any:
+        picture = decode_image(file, **rest)
+        decoded.append(int(picture.pixels[0, 0, 0]))
+        return picture
 
-    monkeypatch.setattr(image, "load_image", count)
+    monkeypatch.setattr(image, "decode_image", count)
     requests = [request(tmp_path, red, flipped=flipped) for red in (1, 2) for flipped in (False, True)]
     store = ShardStore(tmp_path / "cache")
     build(store, requests, ToyEncoder(), batch_size=batch_size)
     assert len(store) == 4
     assert sorted(decoded) == [1, 2]
+
+
+def test_a_jpeg_is_cut_out_of_what_its_request_says(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    place, digest = Place(str(tmp_path / "a.jpg")), hashlib.blake2b((tmp_path / "a.jpg").read_bytes(), digest_size=16).digest()
+    requests = [
+        LatentRequest(bytes([reduction]) * 16, place, digest, crop.fit((96, 128), (16, 16)), reduction) for reduction in (1, 1, 2, 4)
+    ]
+    work = cache.LatentWork(ToyEncoder, Opener(), "#ffffff", 10**6, "float16", 4)
+    groups = list(work.together(requests))
+    assert [[one.reduction for one in group] for group in groups] == [[1, 1], [2], [4]]
+    for group in groups:
+        rows = work.room(group)
+        assert work.prepare(group, rows) is None
+        expected = crop.apply(load(group[0]), group[0].crop).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+        assert np.array_equal(rows[0], expected)
 
 
 def test_views_that_lie_in_several_batches_are_all_right(tmp_path: Path) -> None:
@@ -211,11 +239,11 @@ def test_pictures_are_prepared_only_so_far_ahead(tmp_path: Path, monkeypatch: py
             ahead.append(len(decoded) - sum(batch[0] for batch in self.batches))
             return super().encode(images)
 
-    def count(file: Any, *rest: Any) -> Any:
+    def count(file: Any, **rest: Any) -> Any:
         decoded.append(file)
-        return load_image(file, *rest)
+        return decode_image(file, **rest)
 
-    monkeypatch.setattr(image, "load_image", count)
+    monkeypatch.setattr(image, "decode_image", count)
     build(ShardStore(tmp_path / "cache"), [request(tmp_path, red) for red in range(40)], Slow(), batch_size=2)
     assert len(ahead) == 20
     assert max(ahead) <= 2 + 2 * 2 + 2  # the batch in the encoder, as many as two batches, and one for each thread
@@ -265,18 +293,18 @@ def test_the_encoder_hardly_ever_waits(tmp_path: Path) -> None:
 def test_the_next_shards_pictures_are_prepared_while_one_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Event()
 
-    def tell(file: Any, *rest: Any) -> Any:
-        pixels = load_image(file, *rest)
-        if pixels[0, 0, 0] == 4:  # the first one of the second shard
+    def tell(file: Any, **rest: Any) -> Any:
+        picture = decode_image(file, **rest)
+        if picture.pixels[0, 0, 0] == 4:  # the first one of the second shard
             prepared.set()
-        return pixels
+        return picture
 
     class Patient(ToyEncoder):
         def encode(self, images: torch.Tensor) -> torch.Tensor:
             assert len(self.batches) < 1 or prepared.wait(10)  # in the last batch of the first shard
             return super().encode(images)
 
-    monkeypatch.setattr(image, "load_image", tell)
+    monkeypatch.setattr(image, "decode_image", tell)
     build(ShardStore(tmp_path / "cache"), [request(tmp_path, red) for red in range(8)], Patient(), batch_size=2)
 
 

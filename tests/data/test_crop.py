@@ -19,9 +19,10 @@ from aquatint.data.crop import (
     position_for_focus,
     positions_for_focus,
     random_positions,
+    reductions_of,
     time_ids_of,
 )
-from aquatint.data.image import resize
+from aquatint.data.image import Decoded, resize
 from tests import zoo
 
 SHAPES = [tuple(shape) for shape in candidates(resolution=1024, step=32, min_side=512, max_side=2048, max_aspect=4.0).tolist()]
@@ -54,7 +55,7 @@ def test_a_picture_of_the_buckets_size_is_not_touched():
     image = np.asarray(zoo.textured((64, 96)))
     crop = fit((64, 96), (64, 96))
     assert crop.time_ids == (64, 96, 0, 0, 64, 96)
-    assert (apply(image, crop) == image).all()
+    assert (apply(Decoded.of(image), crop) == image).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,13 +101,13 @@ def test_a_crop_is_the_cut_out_of_the_whole_resized_picture(size_hw, target_hw, 
     image = np.asarray(zoo.textured(size_hw))
     crop = fit(size_hw, target_hw, position=position)
     whole = resize(image, crop.resized_hw)[crop.top : crop.top + target_hw[0], crop.left : crop.left + target_hw[1]]
-    kept = apply(image, crop)
+    kept = apply(Decoded.of(image), crop)
     assert kept.shape == (*target_hw, 3)
     assert np.abs(kept.astype(int) - whole).max() <= 3  # Pillow keeps the box in single precision
 
 
 def test_a_mirrored_crop_is_the_mirror_image_of_the_plain_one():
-    image = np.asarray(zoo.textured((60, 100)))
+    image = Decoded.of(np.asarray(zoo.textured((60, 100))))
     plain, mirrored = (apply(image, fit((60, 100), (32, 32), position=(0.3, 0.1), flipped=flipped)) for flipped in (False, True))
     assert (mirrored == plain[:, ::-1]).all()
     assert not (mirrored == plain).all()
@@ -115,12 +116,12 @@ def test_a_mirrored_crop_is_the_mirror_image_of_the_plain_one():
 def test_a_very_long_picture_is_cropped_without_resizing_all_of_it():
     crop = fit((8, 20_000), (512, 2048))
     assert crop.resized_hw == (512, 1_280_000)
-    assert apply(np.zeros((8, 20_000, 3), np.uint8), crop).shape == (512, 2048, 3)
+    assert apply(Decoded.of(np.zeros((8, 20_000, 3), np.uint8)), crop).shape == (512, 2048, 3)
 
 
 def test_a_crop_for_another_picture_is_refused():
     with pytest.raises(ValueError, match=r"the picture is \(10, 20\), the crop is for \(20, 10\)"):
-        apply(np.zeros((10, 20, 3), np.uint8), fit((20, 10), (8, 8)))
+        apply(Decoded.of(np.zeros((10, 20, 3), np.uint8)), fit((20, 10), (8, 8)))
 
 
 # Tables
@@ -169,6 +170,33 @@ def test_columns_are_named_in_the_order_of_a_crops_fields():
         tuple,
         bool,
     ]
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "target_hw", "reduction"),
+    [
+        ((3000, 4000), (896, 1152), 2),
+        ((4000, 6000), (832, 1216), 2),  # a quarter would leave 1.2 times as much as is needed
+        ((6000, 8000), (896, 1152), 4),
+        ((9600, 9600), (896, 896), 8),
+        ((2000, 3000), (832, 1216), 1),
+        ((2048, 2048), (768, 768), 2),
+        ((2047, 2048), (768, 768), 1),
+    ],
+)
+def test_a_picture_is_decoded_smaller_only_where_enough_is_left(size_hw, target_hw, reduction):
+    crops = np.array([[fit(size_hw, target_hw, flipped=flipped).to_row() for flipped in (False, True)]], np.int32)
+    assert reductions_of(crops).tolist() == [[reduction, reduction]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(size_hw=size, target_hw=shape)
+def test_what_is_left_is_a_third_larger_than_needed_in_both_directions(size_hw, target_hw):
+    crop = fit(size_hw, target_hw)
+    reduction = int(reductions_of(np.array(crop.to_row(), np.int32)))
+    spare = min(side / resized for side, resized in zip(size_hw, crop.resized_hw, strict=True))
+    assert reduction == 1 or spare / reduction >= 4 / 3 - 1e-9
+    assert reduction == 8 or spare / (2 * reduction) < 4 / 3 + 1e-9
 
 
 def test_a_table_of_no_pictures_is_empty():
@@ -304,7 +332,7 @@ def ramp(size_hw, axis):
 def test_a_mask_lies_on_its_picture_within_half_a_pixel(axis, size_hw, target_hw, position, flipped):
     grey = ramp(size_hw, axis)
     crop = fit(size_hw, target_hw, position=position, flipped=flipped)
-    picture = apply(np.repeat(grey[:, :, None], 3, axis=2), crop)[:, :, 0].astype(float)
+    picture = apply(Decoded.of(np.repeat(grey[:, :, None], 3, axis=2)), crop)[:, :, 0].astype(float)
     mask = apply_mask(grey, crop).astype(float)
     assert mask.shape == target_hw
     is_straight = (mask > 12) & (mask < 243)  # away from where the ramp turns, and the two filters differ
@@ -319,7 +347,7 @@ def test_the_edge_of_a_mask_is_where_the_edge_of_the_picture_is():
     whole[30:90, 50:150] = 255
     for flipped in (False, True):
         crop = fit((120, 200), (64, 64), position=(0.5, 0.2), flipped=flipped)
-        picture, mask = apply(np.repeat(whole[:, :, None], 3, axis=2), crop)[:, :, 0], apply_mask(whole, crop)
+        picture, mask = apply(Decoded.of(np.repeat(whole[:, :, None], 3, axis=2)), crop)[:, :, 0], apply_mask(whole, crop)
         assert ((picture > 127) == (mask > 127)).all()
         assert (mask > 127).sum() not in (0, mask.size)
 

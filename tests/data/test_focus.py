@@ -10,7 +10,7 @@ import pytest
 
 from aquatint.data.crop import apply, fit, position_for_focus
 from aquatint.data.focus import FOCUS_VERSION, focus_point
-from aquatint.data.image import Pixels, resize
+from aquatint.data.image import Decoded, Pixels, resize
 from aquatint.errors import UsageError
 
 SKIN, HAIR, LIPS, SHIRT = (225, 172, 138), (70, 45, 30), (170, 60, 60), (60, 70, 90)
@@ -75,7 +75,8 @@ def test_a_crop_for_the_point_keeps_the_head_that_the_middle_cuts_off() -> None:
     hair = np.abs(picture.astype(int) - HAIR).sum(axis=2) < 30
 
     def kept(position: tuple[float, float]) -> float:
-        cut = apply(hair[:, :, None].repeat(3, axis=2).astype(np.uint8) * 255, fit((900, 600), (600, 600), position=position))
+        whole = Decoded.of(hair[:, :, None].repeat(3, axis=2).astype(np.uint8) * 255)
+        cut = apply(whole, fit((900, 600), (600, 600), position=position))
         return float((cut > 127).sum() / (hair.sum() * 3))
 
     assert kept((0.5, 0.5)) < 0.5

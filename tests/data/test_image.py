@@ -14,7 +14,10 @@ from PIL import Image
 from aquatint.data import image as module
 from aquatint.data.image import (
     BadImage,
+    Decoded,
     contact_sheet,
+    cut,
+    decode_image,
     digest_picture,
     encode_webp,
     load_alpha,
@@ -428,6 +431,80 @@ def test_exif_data_behind_the_pixels_does_not_turn_a_picture_whose_header_was_re
     assert header(data).size_hw == loaded(data).shape[:2] == alpha(data).shape == mask(data).shape == (24, 32)
 
 
+# At a fraction of the size
+
+
+def decoded(data, reduction):
+    return decode_image(io.BytesIO(data), "#ffffff", MAX_PIXELS, reduction=reduction)
+
+
+JPEGS = {
+    "baseline": lambda: zoo.encoded(zoo.textured((61, 43)), "JPEG", subsampling=2),
+    "progressive": lambda: zoo.encoded(zoo.textured((61, 43)), "JPEG", progressive=True),
+    "full colour": lambda: zoo.encoded(zoo.textured((61, 43)), "JPEG", subsampling=0),
+    "grey": lambda: zoo.encoded(zoo.textured((61, 43)).convert("L"), "JPEG"),
+    "inks": lambda: zoo.encoded(zoo.textured((61, 43)).convert("CMYK"), "JPEG"),
+    "camera": lambda: zoo.encoded(zoo.textured((61, 43)), "MPO", save_all=True, append_images=[zoo.textured((16, 16))]),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_jpeg_can_be_decoded_at_a_fraction_of_its_size(kind, reduction):
+    data = JPEGS[kind]()
+    assert header(data).is_reducible
+    picture = decoded(data, reduction)
+    assert picture.size_hw == (61, 43)
+    assert picture.pixels.shape == (-(-61 // reduction), -(-43 // reduction), 3)
+    assert reduction > 1 or (picture.pixels == loaded(data)).all()
+    np.testing.assert_allclose(picture.pixels.mean(axis=(0, 1)), loaded(data).mean(axis=(0, 1)), atol=4)
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_nothing_but_a_jpeg_is_decoded_at_a_fraction_of_its_size(format_name):
+    data = zoo.encoded(zoo.textured((61, 43)), format_name)
+    assert not header(data).is_reducible
+    with pytest.raises(ValueError, match=f"a {format_name} picture cannot be decoded at 1/2 of its size"):
+        decoded(data, 2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_colours_are_those_of_the_whole_picture(mode):
+    profile, color = {
+        "RGB": (zoo.display_p3(), (90, 160, 110)), "L": (zoo.grey_gamma(1.0), 128), "CMYK": (zoo.cmyk_to_grey(), (40, 80, 20, 60)),
+    }[mode]  # fmt: skip
+    data = zoo.encoded(zoo.plain(color, (48, 64), mode), "JPEG", icc_profile=profile, quality=100)
+    whole = loaded(data)
+    assert np.ptp(whole.reshape(-1, 3), axis=0).max() == 0
+    for reduction in (2, 4, 8):
+        assert (decoded(data, reduction).pixels == whole[0, 0]).all()
+
+
+def test_damage_is_found_at_a_fraction_of_the_size_too():
+    data = JPEGS["baseline"]()
+    with pytest.raises(BadImage, match="damaged JPEG"):
+        decoded(data[: len(data) // 2], 4)
+
+
+@pytest.mark.parametrize(("orientation", "reduction"), [*((orientation, 4) for orientation in range(1, 9)), (3, 2), (7, 8)])
+def test_what_is_cut_out_is_in_its_place_at_any_size_and_orientation(orientation, reduction):
+    """Of sides that leave 1 over. The shift is the one whose first-order change is nearest to the difference (least squares)."""
+    down, right = np.meshgrid(np.arange(801), np.arange(1281), indexing="ij")
+    waves = 128 + 60 * np.sin(down / 43 + right / 131) + 50 * np.cos(right / 61 - down / 170)
+    stored = Image.fromarray(np.repeat(waves.astype(np.uint8)[:, :, None], 3, axis=2))
+    data = zoo.encoded(stored, "JPEG", exif=zoo.exif_with(orientation), quality=97)
+    whole, reduced = (decoded(data, one) for one in (1, reduction))
+    height, width = whole.size_hw
+    assert (height, width) == reduced.size_hw == header(data).size_hw
+    for box in (0.0, 0.0, 0.4 * height, 0.4 * width), (0.59 * height, 0.61 * width, height, width):
+        size_hw = (int(0.4 * height / (1.4 * reduction)), int(0.4 * width / (1.4 * reduction)))
+        there, here = (cut(one, box, size_hw).astype(np.float64).mean(axis=2) for one in (whole, reduced))
+        slopes = np.stack([slope.ravel() for slope in np.gradient(there)], axis=1)
+        shift_px, *_ = np.linalg.lstsq(slopes, (here - there).ravel())
+        assert np.abs(shift_px).max() < 0.02
+        np.testing.assert_allclose(here, there, atol=3)
+
+
 # Sizes
 
 
@@ -452,7 +529,7 @@ def test_resizing_to_the_same_size_is_the_same_picture():
 def test_resizing_a_box_is_resizing_everything_and_cropping():
     image = np.asarray(zoo.textured((200, 300)))
     whole = resize(image, (100, 150))
-    part = resize(image, (60, 70), box_tlbr=(20.0, 40.0, 140.0, 180.0))
+    part = cut(Decoded.of(image), (20.0, 40.0, 140.0, 180.0), (60, 70))
     assert np.abs(part.astype(int) - whole[10:70, 20:90]).max() <= 1
 
 

@@ -103,6 +103,15 @@ def test_a_changed_caption_is_read_again_and_its_picture_is_not(tmp_path, pictur
     assert scanned(tmp_path)[1] == []
 
 
+def test_what_can_be_decoded_smaller_is_known_by_content_and_stays_known(tmp_path, pictures):
+    (pictures / "3.png").write_bytes(zoo.encoded(zoo.plain(), "JPEG"))
+    for caption in ("number 3", "number x"):
+        (pictures / "3.txt").write_text(caption)
+        found, _ = scanned(tmp_path)
+        assert [found.name(row) for row in np.flatnonzero(found.is_reducible)] == ["pictures/3.png"]
+        assert found.is_reducible.shape == (len(found),)
+
+
 def test_a_caption_that_comes_and_one_that_goes(tmp_path, pictures):
     scanned(tmp_path)
     (pictures / "bare.txt").write_text("new")

@@ -26,6 +26,7 @@ class Row:
     source: int = 0
     mask: int | None = None
     name: str = ""
+    is_reducible: bool = False
 
 
 def digest(content: int) -> bytes:
@@ -50,6 +51,7 @@ def manifest_of(config: Config, rows: Sequence[Row]) -> Manifest:
         "digest": bytes_column(np.frombuffer(b"".join(digest(row.content) for row in rows), np.uint8).reshape(-1, 16)),
         "height": pa.array([row.size_hw[0] for row in rows], pa.int32()),
         "width": pa.array([row.size_hw[1] for row in rows], pa.int32()),
+        "is_reducible": pa.array([row.is_reducible for row in rows], pa.bool_()),
         "captions": pa.array([list(row.captions) for row in rows], pa.list_(pa.string())),
         "source": pa.array([row.source for row in rows], pa.int16()),
         "mask_path": pa.array(masks, pa.binary()),

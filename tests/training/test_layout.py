@@ -373,6 +373,45 @@ def test_requests_are_for_what_is_missing_in_the_order_of_the_files(config):
     assert {request.kind for request in masks} == {"file"}
 
 
+# Decoded smaller
+
+
+def large(count, **changes):
+    return [Row(index, (400, 300), **changes) for index in range(count)]
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_a_large_png_or_a_small_jpeg_is_not(config):
+    rows = [*large(4, is_reducible=True), *(Row(10 + index, (400, 300)) for index in range(4)), *some(4, 20, is_reducible=True)]
+    scaled, whole = (layout_of(config(data={"decode": decode}, validation={"every": None}), rows) for decode in ("scaled", "whole"))
+    contents = scaled.manifest.digests[scaled.train.rows]
+    is_large_jpeg = np.isin(scaled.train.rows, range(4))
+    assert np.array_equal(contents, whole.manifest.digests[whole.train.rows])
+    assert (scaled.train.reductions[:, 0] > 1).tolist() == is_large_jpeg.tolist()
+    assert (whole.train.reductions == 1).all()
+    same = (scaled.train.samples.latent_keys == whole.train.samples.latent_keys).all(axis=(1, 2))
+    assert same.tolist() == (~is_large_jpeg).tolist()
+    for name in ("time_ids", "bucket_starts", "text_keys"):
+        assert np.array_equal(getattr(scaled.train.samples, name), getattr(whole.train.samples, name))
+    found = list(latent_requests(scaled.manifest, scaled.train, np.ones((len(rows), 1), bool)))
+    assert {request.reduction for request in found if request.crop.original_hw == (400, 300)} == {1, 2}
+    assert all(request.reduction == 1 for request in found if request.crop.original_hw != (400, 300))
+
+
+def test_the_mask_of_a_jpeg_that_is_decoded_smaller_is_what_it_was(config):
+    scaled, whole = (
+        layout_of(config({"masks": "files"}, data={"decode": decode}), large(8, is_reducible=True, mask=1))
+        for decode in ("scaled", "whole")
+    )
+    assert np.array_equal(scaled.train.samples.mask_keys, whole.train.samples.mask_keys)
+
+
+@pytest.mark.parametrize("is_reducible", [True, False])
+def test_how_pictures_are_decoded_is_in_the_digest_where_it_makes_a_difference(config, is_reducible):
+    rows = large(8, is_reducible=is_reducible)
+    scaled, whole = (digest_of(config(data={"decode": decode}), rows) for decode in ("scaled", "whole"))
+    assert (scaled != whole) == is_reducible
+
+
 # What is the same, and what is not
 
 

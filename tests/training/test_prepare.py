@@ -69,6 +69,17 @@ def test_what_is_encoded_is_counted_by_content_and_crop(pictures, prepared):
     assert len(data.stores.latents) == 18
 
 
+def test_with_another_way_of_decoding_nothing_but_large_jpegs_is_encoded_anew(pictures, prepared):
+    for index, size_hw in ((1, (300, 400)), (2, (120, 80))):
+        (pictures / f"{index}.png").write_bytes(zoo.encoded(zoo.textured(size_hw, seed=index), "JPEG"))
+    before, _ = prepared(data={"decode": "whole"})
+    after, said = prepared()
+    assert said == ["pictures    1 to encode: 1 that are decoded at another size"]
+    assert after.digest != before.digest
+    again, said = prepared(data={"decode": "whole"})
+    assert (again.digest, said) == (before.digest, [])
+
+
 def test_a_picture_that_cannot_be_decoded_is_left_out_and_remembered_by_its_content(pictures, prepared, tmp_path):
     (pictures / "4.png").write_bytes(CUT)
     data, said = prepared()

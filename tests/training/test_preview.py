@@ -6,7 +6,7 @@ import pytest
 
 from aquatint.cli.main import run
 from aquatint.data.crop import Crop
-from aquatint.data.image import encode_webp, load_image, save_png
+from aquatint.data.image import decode_image, encode_webp, save_png
 from aquatint.data.places import Opener
 from aquatint.training import preview as module
 from aquatint.training.preview import buckets_run, card, planned, preview_run, spread, texts_of, view_of
@@ -105,7 +105,7 @@ def test_each_card_shows_the_crop_that_is_trained(config):
         assert one.time_ids == crop.time_ids
         picture = layout.manifest.picture(int(layout.train.rows[row]))
         with Opener().open(picture.place) as file:
-            assert one.picture == encode_webp(module.cropping.apply(load_image(file, "#ffffff", 10**6), crop))
+            assert one.picture == encode_webp(module.cropping.apply(decode_image(file, "#ffffff", 10**6), crop))
         top, left, bottom, right = one.crop_box
         (height, width), (resized_height, resized_width) = crop.target_hw, crop.resized_hw
         assert (bottom - top, right - left) == pytest.approx((height / resized_height, width / resized_width))

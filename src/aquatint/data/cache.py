@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -25,7 +26,7 @@ from aquatint.data import image
 from aquatint.data.crop import Crop
 from aquatint.data.encoding import Entry, Work
 from aquatint.data.engines import Engine, Local
-from aquatint.data.image import BadImage, Pixels
+from aquatint.data.image import BadImage, Decoded
 from aquatint.data.jobs import OnFailure, OnProgress, Request, Todo, batched
 from aquatint.data.places import Opener, Place
 from aquatint.data.shards import Keys, ShardStore
@@ -90,10 +91,22 @@ def text_recipe(*, encoder_digest: str, dtype: Dtype) -> bytes:
     return _digest("text", TEXT_VERSION, encoder_digest, dtype)
 
 
-def latent_keys(picture_digests: Keys, crops: Int32s, recipe: bytes) -> Keys:
-    """The keys (n, 16) of parts of pictures: digests (n, 16), and the numbers of their crops (n, 9)."""
-    numbers = np.ascontiguousarray(crops, dtype="<i4").view(np.uint8).reshape(len(picture_digests), 4 * crops.shape[1])
-    rows = np.concatenate([picture_digests, numbers], axis=1)
+def latent_keys(picture_digests: Keys, crops: Int32s, recipe: bytes, reductions: Int32s | None = None) -> Keys:
+    """The keys (n, 16) of parts of pictures: digests (n, 16), and the numbers of their crops (n, 9).
+
+    Where `reductions` (n,) are above 1, they are a tenth number: the picture is decoded so many times smaller.
+    """
+    keys = _part_keys(picture_digests, crops, recipe)
+    if reductions is None or not (is_reduced := reductions > 1).any():
+        return keys
+    numbers = np.column_stack([crops[is_reduced], reductions[is_reduced]])
+    keys[is_reduced] = _part_keys(picture_digests[is_reduced], numbers, recipe)
+    return keys
+
+
+def _part_keys(picture_digests: Keys, numbers: Int32s, recipe: bytes) -> Keys:
+    raw = np.ascontiguousarray(numbers, dtype="<i4").view(np.uint8).reshape(len(picture_digests), 4 * numbers.shape[1])
+    rows = np.concatenate([picture_digests, raw], axis=1)
     return _keys(memoryview(rows.tobytes()), np.arange(len(rows) + 1) * rows.shape[1], recipe)
 
 
@@ -125,7 +138,7 @@ def _keys(data: memoryview, bounds: npt.NDArray[np.int64], recipe: bytes) -> Key
         digest.update(data[begin:end])
         return digest.digest()
 
-    return np.frombuffer(b"".join(map(key, places, places[1:])), dtype=np.uint8).reshape(-1, 16)
+    return np.frombuffer(bytearray().join(map(key, places, places[1:])), dtype=np.uint8).reshape(-1, 16)
 
 
 # Requests
@@ -133,12 +146,16 @@ def _keys(data: memoryview, bounds: npt.NDArray[np.int64], recipe: bytes) -> Key
 
 @dataclass(frozen=True, slots=True)
 class LatentRequest:
-    """A part of a picture that shall be in the cache under `key`. `picture_digest` is that of the file's bytes."""
+    """A part of a picture that shall be in the cache under `key`. `picture_digest` is that of the file's bytes.
+
+    With a `reduction`, it is cut out of the picture decoded so many times smaller.
+    """
 
     key: bytes
     place: Place
     picture_digest: bytes
     crop: Crop
+    reduction: int = 1
 
     @property
     def subject(self) -> bytes:
@@ -305,14 +322,15 @@ class LatentWork:
 
     def together(self, requests: Sequence[LatentRequest]) -> Iterator[Sequence[LatentRequest]]:
         """Views of one picture, which is decoded once."""
-        groups = groupby(requests, key=lambda request: (request.place, request.picture_digest))
+        groups = groupby(requests, key=lambda request: (request.place, request.picture_digest, request.reduction))
         return chain.from_iterable(batched(views, _MAX_VIEWS) for _, views in groups)
 
     def room(self, requests: Sequence[LatentRequest]) -> npt.NDArray[np.float32]:
         return np.empty((len(requests), 3, *requests[0].crop.target_hw), dtype=np.float32)
 
     def prepare(self, requests: Sequence[LatentRequest], rows: Sequence[npt.NDArray[np.float32]]) -> str | None:
-        picture = _read(self.opener, requests[0].place, requests[0].picture_digest, self._load)
+        load = partial(image.decode_image, alpha_color=self.alpha_color, max_pixels=self.max_pixels, reduction=requests[0].reduction)
+        picture: Decoded | str = _read(self.opener, requests[0].place, requests[0].picture_digest, load)
         if isinstance(picture, str):
             return picture
         for request, row in zip(requests, rows, strict=True):
@@ -325,9 +343,6 @@ class LatentWork:
         images = torch.from_numpy(rows if len(which) == len(rows) else rows[which])
         encoded = encoder.encode(images).to("cpu", getattr(torch, self.dtype))
         return [{"moments": moments} for moments in encoded]
-
-    def _load(self, file: io.BytesIO) -> Pixels:
-        return image.load_image(file, self.alpha_color, self.max_pixels)
 
 
 @dataclass(frozen=True)

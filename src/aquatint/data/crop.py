@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from aquatint.data.image import Pixels, resize
+from aquatint.data.image import Decoded, Pixels, cut
 
 SizeHW = tuple[int, int]
 Int32s = npt.NDArray[np.int32]
@@ -25,6 +25,8 @@ CROP_COLUMNS = (
     "original_height", "original_width", "resized_height", "resized_width", "top", "left", "target_height", "target_width", "flipped",
 )  # fmt: skip
 _ORIGINAL, _RESIZED, _TOP, _LEFT, _TARGET, _FLIPPED = slice(0, 2), slice(2, 4), 4, 5, slice(6, 8), 8
+_REDUCTIONS = (2, 4, 8)  # what a JPEG decoder offers
+_SPARE = (4, 3)  # a quotient, of what is left to be resized by: with less, strong grain comes out different (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,19 @@ def time_ids_of(crops: Int32s) -> Int32s:
     return np.concatenate(ids, axis=-1, dtype=np.int32)
 
 
+def reductions_of(crops: Int32s) -> Int32s:
+    """How much smaller, 1, 2, 4 or 8 times, the pictures of crops (…, 9) may be decoded, as (…).
+
+    What is left is still 4/3 times as large in both directions as what it is resized to.
+    """
+    original, resized = (crops[..., part].astype(np.int64) for part in (_ORIGINAL, _RESIZED))
+    ratios = _SPARE[1] * original // (_SPARE[0] * resized)
+    found = np.ones(crops.shape[:-1], dtype=np.int32)
+    for reduction in _REDUCTIONS:
+        found[(ratios >= reduction).all(axis=-1)] = reduction
+    return found
+
+
 def random_positions(digests: npt.NDArray[np.uint8], variants: int) -> Float64s:
     """Positions (n, V, 2) in [0, 1) for pictures with digests (n, 16), a function of the content and the variant's number.
 
@@ -164,9 +179,9 @@ def _mix(words: Words) -> Words:
 # Pixels
 
 
-def apply(image: Pixels, crop: Crop) -> Pixels:
+def apply(picture: Decoded, crop: Crop) -> Pixels:
     """The picture as it is trained: uint8 `target_hw` + (3,). Only the part that is kept is ever resized."""
-    kept = resize(image, crop.target_hw, box_tlbr=_box(image, crop))
+    kept = cut(picture, _box(picture.size_hw, crop), crop.target_hw)
     return kept[:, ::-1].copy() if crop.flipped else kept
 
 
@@ -175,16 +190,16 @@ def apply_mask(mask: Mask, crop: Crop) -> Mask:
 
     Each pixel is the mean of the area it covers, so the mask's total weight is kept, and no ringing puts weight where there was none.
     """
-    top, left, bottom, right = _box(mask, crop)
+    top, left, bottom, right = _box((mask.shape[0], mask.shape[1]), crop)
     kept = _area_means(mask, np.linspace(top, bottom, crop.target_hw[0] + 1))
     kept = _area_means(kept.T, np.linspace(left, right, crop.target_hw[1] + 1)).T
     return np.ascontiguousarray(np.rint(kept[:, ::-1] if crop.flipped else kept).astype(np.uint8))
 
 
-def _box(image: npt.NDArray[np.uint8], crop: Crop) -> tuple[float, float, float, float]:
+def _box(size_hw: SizeHW, crop: Crop) -> tuple[float, float, float, float]:
     """Top, left, bottom and right edge of the crop in the picture as it is in its file."""
-    if image.shape[:2] != crop.original_hw:
-        raise ValueError(f"the picture is {image.shape[:2]}, the crop is for {crop.original_hw}")
+    if size_hw != crop.original_hw:
+        raise ValueError(f"the picture is {size_hw}, the crop is for {crop.original_hw}")
     down, right = (crop.original_hw[axis] / crop.resized_hw[axis] for axis in (0, 1))
     bottom_edge, right_edge = crop.top + crop.target_hw[0], crop.left + crop.target_hw[1]
     return (

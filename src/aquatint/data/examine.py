@@ -29,6 +29,7 @@ class Finding:
     digest: bytes | None = None
     size_hw: tuple[int, int] | None = None
     notices: tuple[str, ...] = ()
+    is_reducible: bool = False
     captions: Captions = ()
     mask_digest: bytes | None = None
     remarks: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ def examine(row: Mapping[str, Any], source: Source, opener: Opener, max_pixels: 
             with _reading(), opener.open(place) as file:
                 finding = replace(finding, digest=digest_picture(file))
                 header = read_header(file, max_pixels)
-                finding = replace(finding, size_hw=header.size_hw, notices=header.notices)
+                finding = replace(finding, size_hw=header.size_hw, notices=header.notices, is_reducible=header.is_reducible)
         finding = _with_captions(finding, row, source, opener)
         return _with_mask(finding, row, opener, max_pixels)
     except _Unusable as error:

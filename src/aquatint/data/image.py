@@ -76,10 +76,36 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture's header says: its upright size, and remarks about what will be done to it."""
+    """What a picture's header says: its upright size, and remarks about what will be done to it.
+
+    `is_reducible` says whether it can be decoded at a fraction of its size, which is what JPEG's blocks allow.
+    """
 
     size_hw: tuple[int, int]
     notices: tuple[str, ...] = ()
+    is_reducible: bool = False
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture, upright and in sRGB, as Pillow holds it: of a fraction of its size, 1 / `reduction`, if it was decoded so.
+
+    `size_hw` is that of the whole picture. If `reduction` does not divide it, a row or column of `image` lies partly beyond its edge;
+    turned upright, that may be the first. `origin_tl` is where in `image` the whole picture begins, in pixels of `image`.
+    """
+
+    image: Image.Image
+    size_hw: tuple[int, int]
+    reduction: int = 1
+    origin_tl: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> Decoded:
+        return cls(Image.fromarray(pixels), (pixels.shape[0], pixels.shape[1]))
+
+    @property
+    def pixels(self) -> Pixels:
+        return np.array(self.image, dtype=np.uint8)
 
 
 @contextlib.contextmanager
@@ -107,29 +133,40 @@ def read_header(file: BinaryIO, max_pixels: int) -> Header:
         _check_size(image, max_pixels)
         width, height = image.size
         turned = _orientation(image) in (5, 6, 7, 8)
-        return Header((width, height) if turned else (height, width), tuple(_notices(image)))
+        is_reducible = isinstance(image, JpegImagePlugin.JpegImageFile)
+        return Header((width, height) if turned else (height, width), tuple(_notices(image)), is_reducible)
 
 
 def load_image(file: BinaryIO, alpha_color: str, max_pixels: int) -> Pixels:
-    """The upright first frame as uint8 (H, W, 3) in sRGB, over `alpha_color` (`#rrggbb`) where it is transparent.
+    """The same as `decode_image`, whole, as uint8 (H, W, 3)."""
+    return decode_image(file, alpha_color, max_pixels).pixels
 
-    Deeper numbers are scaled to 0..255, not clipped. Raises BadImage, OSError.
+
+def decode_image(file: BinaryIO, alpha_color: str, max_pixels: int, *, reduction: int = 1) -> Decoded:
+    """The upright first frame in sRGB, over `alpha_color` (`#rrggbb`) where it is transparent.
+
+    Deeper numbers are scaled to 0..255, not clipped. With a `reduction` of 2, 4 or 8, the decoder leaves frequencies out, and
+    gives each side at that fraction, rounded up; ValueError for what is not `Header.is_reducible`. Raises BadImage, OSError.
     """
-    image, orientation = _decode(file, max_pixels)
+    image, orientation, (width, height) = _decode(file, max_pixels, reduction)
     with _decoder_errors(image.format):
         color, alpha = _split_alpha(_to_eight_bits(image))
         picture = _to_srgb(color, _profile(image))
     if alpha is not None:
         picture = Image.composite(picture, Image.new("RGB", picture.size, alpha_color), alpha)
-    return _upright(picture, orientation)
+    size_hw = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    picture = _upright(picture, orientation)
+    beyond_hw = picture.height - size_hw[0] / reduction, picture.width - size_hw[1] / reduction
+    origin_tl = beyond_hw[0] * (orientation in (3, 4, 7, 8)), beyond_hw[1] * (orientation in (2, 3, 6, 7))  # what was last is first
+    return Decoded(picture, size_hw, reduction, origin_tl)
 
 
 def load_alpha(file: BinaryIO, max_pixels: int) -> Greys:
     """The opacity of the picture that `load_image` gives, as uint8 (H, W): 255 where nothing shines through. Raises BadImage, OSError."""
-    image, orientation = _decode(file, max_pixels)
+    image, orientation, _ = _decode(file, max_pixels)
     with _decoder_errors(image.format):
         _, alpha = _split_alpha(_to_eight_bits(image))
-    return _upright(alpha or Image.new("L", image.size, 255), orientation)
+    return np.array(_upright(alpha or Image.new("L", image.size, 255), orientation), dtype=np.uint8)
 
 
 def load_mask(file: BinaryIO, max_pixels: int) -> Greys:
@@ -138,7 +175,7 @@ def load_mask(file: BinaryIO, max_pixels: int) -> Greys:
     Its numbers are meant as they are: no colour profile is applied. Raises BadImage, also for a mask of zeros and ones,
     which would mask everything; OSError.
     """
-    image, orientation = _decode(file, max_pixels)
+    image, orientation, _ = _decode(file, max_pixels)
     if image.mode in ("L", "I", "I;16") and image.getextrema()[1] == 1:
         raise BadImage("has no values but 0 and 1, of which 1 is as good as black: save it in black and white")
     with _decoder_errors(image.format):
@@ -146,21 +183,26 @@ def load_mask(file: BinaryIO, max_pixels: int) -> Greys:
         grey = (color if color.mode in ("1", "L") else _to_srgb(color, b"")).convert("L")
     if alpha is not None:
         grey = Image.composite(grey, Image.new("L", grey.size, 0), alpha)
-    return _upright(grey, orientation)
+    return np.array(_upright(grey, orientation), dtype=np.uint8)
 
 
-def resize(image: Pixels, size_hw: tuple[int, int], *, box_tlbr: tuple[float, float, float, float] | None = None) -> Pixels:
-    """Resampled with Lanczos, antialiased, to `size_hw`; of the part `box_tlbr` (top, left, bottom, right) if given.
+def resize(image: Pixels, size_hw: tuple[int, int]) -> Pixels:
+    """Resampled with Lanczos, antialiased, to `size_hw`."""
+    return cut(Decoded.of(image), (0.0, 0.0, *image.shape[:2]), size_hw)
 
-    The box is in pixels of `image`, may lie between pixels, and sees its surroundings: the result is that of
+
+def cut(picture: Decoded, box_tlbr: tuple[float, float, float, float], size_hw: tuple[int, int]) -> Pixels:
+    """The part `box_tlbr` (top, left, bottom, right), resampled with Lanczos, antialiased, to `size_hw`.
+
+    The box is in pixels of the whole picture, may lie between pixels, and sees its surroundings: the result is that of
     resizing everything and cropping, but for rounding, without ever holding the resized whole.
     """
-    height, width = image.shape[:2]
-    top, left, bottom, right = box_tlbr or (0, 0, height, width)
-    if (top, left, bottom, right) == (0, 0, *size_hw) and size_hw == (height, width):
-        return image
-    target_wh = (size_hw[1], size_hw[0])
-    resized = Image.fromarray(image).resize(target_wh, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    top, left, bottom, right = (
+        start + edge / picture.reduction for start, edge in zip(picture.origin_tl * 2, box_tlbr, strict=True)
+    )  # fmt: skip
+    if (top, left, bottom, right) == (0, 0, *size_hw) and size_hw == (picture.image.height, picture.image.width):
+        return picture.pixels
+    resized = picture.image.resize((size_hw[1], size_hw[0]), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
     return np.array(resized, dtype=np.uint8)
 
 
@@ -223,15 +265,23 @@ def _check_bytes(file: BinaryIO, max_pixels: int) -> None:
         raise BadImage(f"has {num_bytes:,} bytes, more than the {limit:,} that data.max_pixels = {max_pixels} can need")
 
 
-def _decode(file: BinaryIO, max_pixels: int) -> tuple[ImageFile.ImageFile, int]:
-    """The picture with its pixels, as they are in the file, and its orientation. Nothing is decoded before its size was checked."""
+def _decode(file: BinaryIO, max_pixels: int, reduction: int = 1) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
+    """The picture with its pixels, as they are in the file, its orientation, and the width and height that its header says.
+
+    Nothing is decoded before its size was checked.
+    """
     _check_bytes(file, max_pixels)
     image = _open(file if isinstance(file, io.BytesIO) else io.BytesIO(file.read()))  # from here on the disk is out of it
     _check_size(image, max_pixels)
     orientation = _orientation(image)  # of what stands before the pixels: that is what the header said
+    width, height = image.size
+    if reduction > 1:
+        image.draft(None, (width // reduction, height // reduction))
+        if image.size != (-(-width // reduction), -(-height // reduction)):
+            raise ValueError(f"a {image.format} picture cannot be decoded at 1/{reduction} of its size")
     with _decoder_errors(image.format):
         image.load()
-    return image, orientation
+    return image, orientation, (width, height)
 
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
@@ -287,8 +337,8 @@ def _notices(image: ImageFile.ImageFile) -> Iterator[str]:
         yield "has a colour profile that is broken or does not fit; sRGB is assumed"
 
 
-def _upright(picture: Image.Image, orientation: int) -> Pixels:
-    return np.array(picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture, dtype=np.uint8)
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:

@@ -31,7 +31,7 @@ Table: TypeAlias = Any  # pyarrow.Table
 Keys = npt.NDArray[np.uint8]  # (n, 16)
 Int64s = npt.NDArray[np.int64]
 
-VERSION = 1  # of the file: raise it when columns change
+VERSION = 2  # of the file: raise it when columns change
 RULES = 1  # raise it when the same bytes give another size, digest or caption than before
 NO_STAMP = bytes(16)  # of a row that is looked into again next time
 
@@ -43,7 +43,7 @@ _LISTED: list[tuple[str, Any]] = [
     ("captions", pa.list_(pa.string())),
 ]  # fmt: skip
 _FOUND: list[tuple[str, Any]] = [
-    ("digest", pa.binary(16)), ("height", pa.int32()), ("width", pa.int32()), ("mask_digest", pa.binary(16)),
+    ("digest", pa.binary(16)), ("height", pa.int32()), ("width", pa.int32()), ("is_reducible", pa.bool_()), ("mask_digest", pa.binary(16)),
     ("notices", pa.list_(pa.string())), ("remarks", pa.list_(pa.string())), ("reason", pa.string()),
 ]  # fmt: skip
 _CAPTION: list[tuple[str, Any]] = [

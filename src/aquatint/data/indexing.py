@@ -350,9 +350,10 @@ def _known_pictures(known: Index, listing: Table) -> list[Finding | None]:
     rows = known.by_picture.find(fixed_bytes(listing["picture_stamp"]))
     findings: list[Finding | None] = [None] * len(listing)
     places = np.flatnonzero(rows >= 0)
-    for place, row in zip(places, take(known.rows.select(["digest", "height", "width", "notices"]), rows[places]).to_pylist(), strict=True):
+    columns = known.rows.select(["digest", "height", "width", "notices", "is_reducible"])
+    for place, row in zip(places, take(columns, rows[places]).to_pylist(), strict=True):
         if row["height"] is not None:
-            findings[place] = Finding(row["digest"], (row["height"], row["width"]), tuple(row["notices"]))
+            findings[place] = Finding(row["digest"], (row["height"], row["width"]), tuple(row["notices"]), row["is_reducible"])
     return findings
 
 
@@ -363,6 +364,7 @@ def _found(listing: Table, findings: Sequence[Finding]) -> Table:
         "digest": [one.digest for one in findings],
         "height": [one.size_hw and one.size_hw[0] for one in findings],
         "width": [one.size_hw and one.size_hw[1] for one in findings],
+        "is_reducible": [one.is_reducible for one in findings],
         "captions": [one.captions for one in findings],
         "mask_digest": [one.mask_digest for one in findings],
         "notices": [one.notices for one in findings],

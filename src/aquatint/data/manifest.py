@@ -29,7 +29,7 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
 COLUMNS = (  # of the table, in this order
-    "name", "path", "start", "length", "column", "digest", "height", "width", "captions", "source",
+    "name", "path", "start", "length", "column", "digest", "height", "width", "is_reducible", "captions", "source",
     "mask_path", "mask_start", "mask_length", "mask_column", "mask_digest",
 )  # fmt: skip
 _ROWS_AT_ONCE = 8192
@@ -102,6 +102,11 @@ class Manifest:
     def digests(self) -> Keys:
         """Digests of the pictures' bytes, (n, 16)."""
         return fixed_bytes(self.table["digest"])
+
+    @cached_property
+    def is_reducible(self) -> Bools:
+        """Whether a picture can be decoded at a fraction of its size, (n,): see `image.Header`."""
+        return np.asarray(self.table["is_reducible"].to_numpy(), dtype=bool)
 
     @cached_property
     def mask_digests(self) -> Keys:

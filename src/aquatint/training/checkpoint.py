@@ -163,7 +163,8 @@ def restore(path: Path, trained: Savable, *, plan_digest: str, accept_changes: b
     if saved["plan_digest"] != plan_digest and not accept_changes:
         raise ResumeError(
             f"the pictures, captions or buckets are not those that {path} was trained on",
-            hint="undo the change, or add --accept-changes to go on with the new data from here",
+            hint="undo the change, or add --accept-changes to go on with the new data from here; "
+            'a run from before large JPEGs were decoded at a fraction of their size goes on with data.decode = "whole"',
         )
     trained.fill_from(path)
     return TrainState(**saved["state"])

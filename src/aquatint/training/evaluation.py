@@ -16,7 +16,7 @@ import torch
 from aquatint.config.schema import Config, dump
 from aquatint.data import crop as cropping
 from aquatint.data.captions import variants
-from aquatint.data.image import Pixels, load_image, quiet_decoders
+from aquatint.data.image import Pixels, decode_image, quiet_decoders
 from aquatint.data.manifest import by_content
 from aquatint.errors import DataError, UsageError
 from aquatint.models.judges import Clip, Dinov2, Inception, Judge, Rows
@@ -187,7 +187,7 @@ def reader(config: Config) -> Callable[[Subject], Pixels]:
 
     def read(subject: Subject) -> Pixels:
         with opener.open(subject.place) as file:
-            return cropping.apply(load_image(file, section.alpha_color, section.max_pixels), subject.crop)
+            return cropping.apply(decode_image(file, section.alpha_color, section.max_pixels), subject.crop)
 
     return read
 

@@ -58,11 +58,15 @@ def recipes_of(config: Config, encoder_digests: Mapping[str, str]) -> Recipes:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the data, trained or measured: row `i` of `samples` is row `rows[i]` of the manifest, cut as in `crops[i]`."""
+    """One side of the data, trained or measured: row `i` of `samples` is row `rows[i]` of the manifest, cut as in `crops[i]`.
+
+    `reductions` say how many times smaller the picture is decoded for that.
+    """
 
     samples: Samples
     rows: Rows
     crops: Int32s  # (n, V, 9)
+    reductions: Int32s  # (n, V)
     texts: tuple[str, ...]  # of `samples.text_keys`
 
 
@@ -225,8 +229,10 @@ class _Draft:
         """The samples of manifest rows that are ordered by bucket. `varied`: with all crops, flips and renderings."""
         digests, sources = self.manifest.digests[rows], self.manifest.source_of[rows]
         crops = self._crops(digests, self.manifest.sizes_hw[rows], self.shapes[buckets], varied=varied)
-        num_views = crops.shape[1]
-        keys = latent_keys(np.repeat(digests, num_views, axis=0), crops.reshape(-1, crops.shape[2]), self.recipes.latents)
+        num_views, reductions = crops.shape[1], self._reductions(rows, crops)
+        keys = latent_keys(
+            np.repeat(digests, num_views, axis=0), crops.reshape(-1, crops.shape[2]), self.recipes.latents, reductions.reshape(-1)
+        )
         texts, counts, shares, captions = self._texts(
             rows, digests, sources, policies, probs, online=varied and renders_online(self.config)
         )
@@ -237,7 +243,7 @@ class _Draft:
             text_keys=text_keys(texts, self.recipes.texts), text_weights=np.array(shares, dtype=np.float32),
             captions=captions, mask_keys=self._mask_keys(rows, crops),
         )  # fmt: skip
-        return Side(samples, rows, crops, texts)
+        return Side(samples, rows, crops, reductions, texts)
 
     def _crops(self, digests: Keys, sizes_hw: Int32s, targets_hw: npt.NDArray[np.int64], *, varied: bool) -> Int32s:
         """(n, V, 9): the crops of each picture, each followed by its mirror image if samples are mirrored."""
@@ -250,6 +256,12 @@ class _Draft:
         else:
             positions = np.full((len(digests), 1, 2), 0.5)
         return cropping.fit_all(sizes_hw, targets_hw, positions, flip=varied and section.flip_prob > 0)
+
+    def _reductions(self, rows: Rows, crops: Int32s) -> Int32s:
+        """(n, V): 1 for what is decoded whole."""
+        if self.config.data.decode == "whole":
+            return np.ones(crops.shape[:2], dtype=np.int32)
+        return np.where(self.manifest.is_reducible[rows][:, None], cropping.reductions_of(crops), 1).astype(np.int32)
 
     def _texts(
         self,
@@ -309,7 +321,8 @@ def latent_requests(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool
     for place, picture in _incomplete(manifest, side, missing):
         for view in np.flatnonzero(missing[place]):
             crop = cropping.Crop.from_row(side.crops[place, view])
-            yield LatentRequest(side.samples.latent_key(place, view), picture.place, picture.digest, crop)
+            key, reduction = side.samples.latent_key(place, view), int(side.reductions[place, view])
+            yield LatentRequest(key, picture.place, picture.digest, crop, reduction)
 
 
 def mask_requests(manifest: Manifest, side: Side, missing: npt.NDArray[np.bool_]) -> Iterator[MaskRequest]:

@@ -292,7 +292,12 @@ class _Build:
         }
         crops = np.ascontiguousarray(side.crops.reshape(len(samples), side.crops.shape[1] * side.crops.shape[2])).view(np.uint8)
         digests = self.layout.manifest.digests[side.rows]
-        return Wanted(names, {"whose file changed": digests, "whose bucket, crop or flip changed": crops}, recipe)
+        parts = {
+            "whose file changed": digests,
+            "whose bucket, crop or flip changed": crops,
+            "that are decoded at another size": side.reductions.view(np.uint8),
+        }
+        return Wanted(names, parts, recipe)
 
 
 def _has(store: ShardStore, keys: Keys) -> npt.NDArray[np.bool_]:

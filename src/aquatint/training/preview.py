@@ -18,7 +18,7 @@ from aquatint.data.bucket_plot import plot_buckets
 from aquatint.data.buckets import fit_loss, merged, merged_text, report_text, small_buckets
 from aquatint.data.captions import caption_report, render
 from aquatint.data.downloads import public_name
-from aquatint.data.image import BadImage, Pixels, encode_webp, load_alpha, load_image, load_mask, quiet_decoders, resize
+from aquatint.data.image import BadImage, Decoded, Pixels, decode_image, encode_webp, load_alpha, load_mask, quiet_decoders, resize
 from aquatint.data.inspection import BLURRED_BELOW, FLAT_BELOW, contrast, fingerprint, near_duplicates, sharpness
 from aquatint.data.ledger import ledger_text
 from aquatint.data.manifest import Manifest, Picture
@@ -113,12 +113,12 @@ def card(config: Config, layout: Layout, row: int, opener: Opener) -> Iterator[P
     """The picture of a row of the training samples; nothing if it cannot be decoded, which the caching would say too."""
     samples, manifest = layout.train.samples, layout.manifest
     picture = manifest.picture(int(layout.train.rows[row]))
-    pixels = decode(config, picture, opener)
-    if pixels is None:
+    decoded = decode(config, picture, opener)
+    if decoded is None:
         return
     crop = cropping.Crop.from_row(layout.train.crops[row, view_of(config, samples, row)])
     mask, trouble = mask_picture(config, picture, layout, crop, opener)
-    kept = cropping.apply(pixels, crop)
+    kept = cropping.apply(decoded, crop)
     (height, width), (resized_height, resized_width) = crop.target_hw, crop.resized_hw
     source = manifest.sources[picture.source]
     yield PreviewRow(
@@ -128,7 +128,8 @@ def card(config: Config, layout: Layout, row: int, opener: Opener) -> Iterator[P
             crop.top / resized_height, crop.left / resized_width,
             min(1.0, (crop.top + height) / resized_height), min(1.0, (crop.left + width) / resized_width),
         ),
-        flipped=crop.flipped, picture=encode_webp(smaller(kept, CROP_PX)), original=encode_webp(smaller(pixels, THUMBNAIL_PX)), mime=MIME,
+        flipped=crop.flipped, picture=encode_webp(smaller(kept, CROP_PX)),
+        original=encode_webp(smaller(decoded.pixels, THUMBNAIL_PX)), mime=MIME,
         captions=tuple(texts_of(config, layout, row)), mask=mask,
         loss_weight=float(samples.loss_weights[row]), repeats=f"{float(layout.repeats[picture.source]):.3g}",
         source=public_name(source.path), role=source.role, remarks=(*remarks_on(kept, crop.scale), *trouble),
@@ -143,10 +144,10 @@ def view_of(config: Config, samples: Samples, row: int) -> int:
     return 2 * (row % (samples.num_views // 2)) + int(flipped)
 
 
-def decode(config: Config, picture: Picture, opener: Opener) -> Pixels | None:
+def decode(config: Config, picture: Picture, opener: Opener) -> Decoded | None:
     try:
         with opener.open(picture.place) as file:
-            return load_image(file, config.data.alpha_color, config.data.max_pixels)
+            return decode_image(file, config.data.alpha_color, config.data.max_pixels)
     except (BadImage, StorageError, OSError):
         return None
 
@@ -212,10 +213,10 @@ def look_at_all(config: Config, manifest: Manifest, rows: Sequence[int], opener:
     found: dict[int, Look] = {}
 
     def look(row: int) -> tuple[int, Look | None]:
-        pixels = decode(config, manifest.picture(row), opener)
-        if pixels is None:
+        decoded = decode(config, manifest.picture(row), opener)
+        if decoded is None:
             return row, None
-        small = smaller(pixels, 1024)
+        small = smaller(decoded.pixels, 1024)
         return row, Look(sharpness(small), contrast(small), fingerprint(small), encode_webp(smaller(small, 96)))
 
     with track("looking at pictures", len(rows)) as on_progress, quiet_decoders(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:

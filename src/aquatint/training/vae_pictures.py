@@ -22,7 +22,7 @@ import torch
 
 from aquatint.data import crop as cropping
 from aquatint.data.crop import Crop
-from aquatint.data.image import BadImage, Pixels, digest_picture, load_image
+from aquatint.data.image import BadImage, Decoded, decode_image, digest_picture
 from aquatint.data.manifest import Manifest, Picture
 from aquatint.data.places import Opener
 from aquatint.data.sampler import Group, Order
@@ -85,7 +85,7 @@ class CropReader:
         images = torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return PictureBatch(images.contiguous(), noise, tuple(picture.name for picture in pictures))
 
-    def _load(self, picture: Picture) -> Pixels:
+    def _load(self, picture: Picture) -> Decoded:
         """Raises DataError for a picture that is not what it was, or cannot be decoded; StorageError."""
         with storage_errors("read", Path(picture.place.path)), self.opener.open(picture.place) as file:
             content = io.BytesIO(file.read())
@@ -93,7 +93,7 @@ class CropReader:
             raise DataError(f"{picture.name} changed while it was trained on", hint="start the same command again")
         try:
             content.seek(0)
-            return load_image(content, self.alpha_color, self.max_pixels)
+            return decode_image(content, self.alpha_color, self.max_pixels)
         except BadImage as error:
             raise DataError(
                 f"{picture.name} {error}",
