@@ -14,7 +14,7 @@ from aquatint.errors import UsageError
 from aquatint.models.recompute import Recompute, recompute
 from aquatint.optim.adamw_bf16 import has_kernels
 
-LARGE_MODEL_BYTES = 1 << 30
+LARGE_MODEL_BYTES = 1 << 28
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
