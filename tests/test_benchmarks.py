@@ -255,6 +255,15 @@ def test_a_call_imports_no_more_than_a_row_does():
     assert {line for line in imported if "aquatint" in line} == {"from aquatint.storage import write_text"}
 
 
+def test_a_batch_that_does_not_fit_gives_way_to_a_smaller_one_and_a_mistake_does_not():
+    def build(row, scene, batch_size):
+        raise RuntimeError("GET was unable to find an engine to execute this computation" if batch_size > 1 else "a mistake")
+
+    row = rig.Row(1, "", 64, (2, 1), ("ours",))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        rig.fits(row, rig.Scene.of(dry=True), build, rig.pool)
+
+
 def test_marks_tell_a_step_and_its_phases():
     marks = rig.Marks(torch.device("cpu"))
     moments = {"step": 0.0, "predicted": 1.0, "descends": 3.0, "descended": 6.0}

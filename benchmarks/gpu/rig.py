@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aquatint.demo.model import tiny_spec
+from aquatint.errors import full_memory
 from aquatint.models.sdxl.model import ModelSpec, sdxl_spec
 from benchmarks.machine import spread
 from benchmarks.ours import Loop, draw_batches
@@ -252,7 +253,9 @@ def fits(row: Row, scene: Scene, build: Build, batches: Callable[[Row, Scene, in
         try:
             contender = build(row, scene, batch_size)
             return {"batch_size": batch_size, **measure(contender, batches(row, scene, batch_size), scene), **contender.notes}
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if full_memory(error) is None:
+                raise
             print(f"batch {batch_size} does not fit", flush=True)
         contender = None  # type: ignore[assignment]
         gc.collect()

@@ -16,6 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+GPU_IS_FULL = (
+    "CUDA error: out of memory",  # the driver
+    "Triton Error [CUDA]: out of memory",  # a kernel that is being loaded
+    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+    "unable to find an engine to execute this computation",  # cuDNN, if no way to do a convolution gets the memory to work in
+)
+MAIN_MEMORY_IS_FULL = "can't allocate memory"
 
 
 class AquatintError(Exception):
@@ -91,3 +100,11 @@ class Interrupted(AquatintError):
 def render(message: str, hint: str) -> str:
     """`error: …`, a blank line, `hint: …`: readable without colour."""
     return f"error: {message}\n\nhint: {hint}"
+
+
+def full_memory(error: BaseException) -> Literal["GPU", "main"] | None:
+    """Which memory an error says is full, if it says so. Torch has a type of its own only for what its allocator for GPUs does not get."""
+    kinds, words = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    if "OutOfMemoryError" in kinds or any(known in words for known in GPU_IS_FULL):
+        return "GPU"
+    return "main" if "MemoryError" in kinds or MAIN_MEMORY_IS_FULL in words else None

@@ -123,6 +123,7 @@ def test_full_memory_is_explained():
         pass
 
     assert "aquatint plan" in in_words(OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nlong story"))
+    assert "aquatint plan" in in_words(RuntimeError("CUDA error: out of memory"))
     assert "main memory" in in_words(MemoryError())
 
 

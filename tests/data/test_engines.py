@@ -98,7 +98,8 @@ def test_a_mistake_in_a_process_arrives_with_its_trace() -> None:
 
 
 def test_an_error_for_lack_of_memory_says_what_to_do() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+    in_torch = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for error in (MemoryError(), in_torch, torch.AcceleratorError("CUDA error: out of memory")):
         assert "cache.batch_size" in Failure.of(error).hint
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from aquatint.errors import full_memory
 from aquatint.optim import tensorwise
 from aquatint.optim.clipping import Clipping
 from aquatint.optim.offload import MainMemory, settle
@@ -131,6 +132,17 @@ def test_an_arena_fills_its_slabs_before_it_takes_another():
     for number, vector in enumerate(taken):
         vector.fill_(number)
     assert all((vector == number).all() for number, vector in enumerate(taken))
+
+
+@pytest.mark.parametrize(("words", "kind"), [("CUDA error: out of memory", MemoryError), ("CUDA error: unknown error", RuntimeError)])
+def test_what_an_arena_lacks_is_main_memory_though_cuda_does_not_say_so(words, kind, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.AcceleratorError(words)
+
+    monkeypatch.setattr(torch, "empty", no_memory)
+    with pytest.raises(kind) as caught:
+        Arena(pinned=True).take(1000)
+    assert full_memory(caught.value) == ("main" if kind is MemoryError else None)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 1000, 5000, 30000])

@@ -12,7 +12,7 @@ import typer
 
 from aquatint import __version__
 from aquatint.cli import cache, check, config, data, ema, evaluate, importing, init, plot, runs, tools, vae
-from aquatint.errors import AquatintError, Interrupted, render
+from aquatint.errors import AquatintError, Interrupted, full_memory, render
 
 FORCED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -74,12 +74,12 @@ def in_words(error: Exception) -> str:
     if isinstance(error, AquatintError):
         return str(error)
     first_line = str(error).strip().partition("\n")[0]
-    if type(error).__name__ == "OutOfMemoryError":
+    if full_memory(error) == "GPU":
         return render(
             f"the GPU is out of memory ({first_line})",
             "close other programs that use it; `aquatint plan` shows what needs how much, and what would make it less",
         )
-    if isinstance(error, MemoryError):
+    if full_memory(error) == "main":
         return render("the main memory is full", "close other programs, lower loader.workers, or keep the average on the GPU (ema.device)")
     return render(
         f"aquatint met something that it does not know how to handle ({type(error).__name__}: {first_line})",

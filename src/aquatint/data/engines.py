@@ -28,7 +28,7 @@ import torch
 from aquatint.data.encoding import Work, default_threads, encode_job, work_off
 from aquatint.data.jobs import Failures, Job, Todo
 from aquatint.data.shards import ShardStore
-from aquatint.errors import AquatintError, UsageError
+from aquatint.errors import AquatintError, UsageError, full_memory
 
 MAX_ATTEMPTS = 3  # at a job, if its worker dies
 _JOBS_PER_WORKER = 2  # one at work, and one to be prepared meanwhile
@@ -121,7 +121,7 @@ class Failure:
         if isinstance(error, AquatintError):
             return cls(type(error), error.message, error.hint)
         trace = "".join(traceback.format_exception(error))
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if full_memory(error) is not None:
             return cls(AquatintError, "a process that encodes has run out of memory", _SHORT_OF_MEMORY, trace)
         message = f"a process that encodes has failed: {type(error).__name__}: {error}"
         return cls(AquatintError, message, "this is a mistake in aquatint: please report it, with the log", trace)

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from aquatint.errors import full_memory
 from aquatint.optim.sizes import packed_bytes
 
 SLAB_BYTES = 1 << 30
@@ -50,13 +51,21 @@ class Arena:
         self._slabs: list[tuple[Tensor, int]] = []  # with how much of each is taken
 
     def take(self, num_bytes: int) -> Tensor:
-        """A uint8 vector, not filled, in the first slab with room for it. Raises RuntimeError if the system gives no memory."""
+        """A uint8 vector, not filled, in the first slab with room for it. Raises MemoryError if the system gives none."""
         room = packed_bytes([num_bytes])
         for index, (slab, used) in enumerate(self._slabs):
             if used + room <= len(slab):
                 self._slabs[index] = slab, used + room
                 return slab[used : used + num_bytes]
         size = max(room, min(self.slab_bytes, sum(len(slab) for slab, _ in self._slabs)))
-        slab = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=self.pinned)
+        slab = self._slab(1 << (size - 1).bit_length())
         self._slabs.append((slab, room))
         return slab[:num_bytes]
+
+    def _slab(self, num_bytes: int) -> Tensor:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            if full_memory(error) is None:
+                raise
+            raise MemoryError(f"no main memory for another {num_bytes:,} bytes") from error  # pinned, which CUDA does not call main memory

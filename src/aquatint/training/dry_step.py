@@ -15,7 +15,7 @@ import torch
 
 from aquatint.config.schema import Config
 from aquatint.data.batch import Batch
-from aquatint.errors import UsageError
+from aquatint.errors import UsageError, full_memory
 from aquatint.models.sdxl.generate import PX_PER_LATENT
 from aquatint.models.sdxl.model import ModelSpec
 from aquatint.models.sdxl.tokenizer import num_chunks
@@ -30,7 +30,6 @@ from aquatint.utils.seeds import generator
 
 LATENT_CHANNELS = 4
 CHUNK_TOKENS = 77
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of a CPU, a driver, a library
 MAX_COUNTED_TEXTS = 100  # the longest ones: among them is the one with the most chunks
 
 
@@ -104,7 +103,7 @@ def out_of_memory(parts: Parts, size: Size, accumulation_steps: int, reserve: Re
             with updates_held(parts, reserve):
                 one_pass(parts, size)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if full_memory(error) is None:
             raise
         failure = error.with_traceback(None)  # which would hold on to what did fit
     finally:
@@ -168,11 +167,6 @@ def forget(parts: Parts) -> None:
         torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; torch has a type of its own only for what its allocator for GPUs does not get."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NO_MEMORY)
-
-
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
@@ -189,6 +183,9 @@ def try_step(config: Config, spec: ModelSpec, layout: Layout, parts: Parts) -> N
     def tip() -> str:
         return advice(config, spec, torch.cuda.get_device_properties(parts.device).total_memory if parts.device.type == "cuda" else None)
 
+    if parts.device.type == "cuda":  # what was reserved to encode pictures, or for a batch that did not fit, is not this step's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(parts.device)
     dry_step(parts, size, section.accumulation_steps, reserve_of(config, spec, parts.device), tip)
     words = f"{section.at_once} × {size.width} × {size.height} pixels, {size.tokens} tokens"
     most = f", with {gib(torch.cuda.max_memory_reserved(parts.device))} at most" if parts.device.type == "cuda" else ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from aquatint.errors import UsageError
+from aquatint.errors import UsageError, full_memory
 from aquatint.models.sdxl.generate import PX_PER_LATENT
-from aquatint.training.dry_step import LATENT_CHANNELS, first_line, is_out_of_memory, room
+from aquatint.training.dry_step import LATENT_CHANNELS, first_line, room
 from aquatint.training.vae_pictures import PictureBatch
 from aquatint.training.vae_step import VaeParts, passes
 from aquatint.utils.progress import say
@@ -32,7 +32,7 @@ def out_of_memory(parts: VaeParts, batch_size: int, side_px: int) -> str | None:
         passes(parts, random_pictures(batch_size, side_px).to(parts.device), parts.adversary)
         del held
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if full_memory(error) is None:
             raise
         failure = error.with_traceback(None)  # which would hold on to what did fit
     finally:

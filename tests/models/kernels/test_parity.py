@@ -24,7 +24,7 @@ STATISTICS = {"mean": FLOAT32, "rstd": FLOAT32}
 INPUTS = dict.fromkeys(("x", "shift", "weight", "bias"), BF16)
 KERNELS = {
     "moments": (group_norm_triton._moments_kernel, {"x": BF16, "shift": BF16, "moments": FLOAT32}, {}),
-    "statistics": (group_norm_triton._statistics_kernel, {"moments": FLOAT32, **STATISTICS}, {"tiles": 256, "width": 16}),
+    "statistics": (group_norm_triton._statistics_kernel, {"moments": FLOAT32, **STATISTICS}, {"tiles": 64, "width": 32}),
     "normalise": (group_norm_triton._normalise_kernel, {**INPUTS, **STATISTICS, "result": BF16}, {"silu": True}),
     "sums": (group_norm_triton._sums_kernel, {"grad": BF16, **INPUTS, **STATISTICS, "sums": FLOAT32}, {"silu": True}),
     "input gradient": (

@@ -14,6 +14,7 @@ from torch import Tensor
 from aquatint.models.kernels.precision import FUSED
 
 PLACES, CHANNELS = 64, 64  # of a tile
+TILES = 64  # whose moments are summed at once: those of a large picture all at once are code that takes a minute to compile
 _PLACES, _CHANNELS = tl.constexpr(PLACES), tl.constexpr(CHANNELS)
 
 
@@ -53,19 +54,31 @@ def _moments_kernel(x, shift, moments, places, channels):  # type: ignore[no-unt
 
 
 @triton.jit
+def _of_tiles(first, places, channels, picture, group, own_width, tiles: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of some tiles from `first` on: how many places each has, where the moments of a group's channels lie, and which of them there are."""
+    tile, inside = first + tl.arange(0, tiles)[:, None], tl.arange(0, width)[None, :]
+    count = tl.clamp((places - tile * _PLACES).to(tl.float32), 0.0, _PLACES)
+    there = (picture * tl.cdiv(places, _PLACES) + tile) * 2 * channels + group * own_width + inside
+    return count, there, (tile * _PLACES < places) & (inside < own_width)
+
+
+@triton.jit
 def _statistics_kernel(moments, mean, rstd, places, channels, groups, eps, tiles: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The moments of a group from those of its channels in all tiles, by the formula of Chan, Golub and LeVeque (1979)."""
+    """The moments of a group from those of its channels, some tiles at a time, by the formula of Chan, Golub and LeVeque (1979)."""
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own_width = channels // groups
-    tile, inside = tl.arange(0, tiles)[:, None], tl.arange(0, width)[None, :]
-    count = tl.clamp((places - tile * _PLACES).to(tl.float32), 0.0, _PLACES)
-    mask = (tile * _PLACES < places) & (inside < own_width)
-    there = (picture * tl.cdiv(places, _PLACES) + tile) * 2 * channels + group * own_width + inside
-    means, squares = tl.load(moments + there, mask, 0.0), tl.load(moments + there + channels, mask, 0.0)
     whole = (places * own_width).to(tl.float32)
-    centre = tl.sum(tl.sum(tl.where(mask, means * count, 0.0), axis=1), axis=0) / whole
-    apart = tl.where(mask, means - centre, 0.0)
-    variance = tl.sum(tl.sum(squares + count * apart * apart, axis=1), axis=0) / whole
+    total = tl.zeros((tiles, width), tl.float32)
+    for first in range(0, tl.cdiv(places, _PLACES), tiles):
+        count, there, mask = _of_tiles(first, places, channels, picture, group, own_width, tiles, width)
+        total += tl.load(moments + there, mask, 0.0) * count
+    centre = tl.sum(tl.sum(total, axis=1), axis=0) / whole
+    squares = tl.zeros((tiles, width), tl.float32)
+    for first in range(0, tl.cdiv(places, _PLACES), tiles):
+        count, there, mask = _of_tiles(first, places, channels, picture, group, own_width, tiles, width)
+        apart = tl.where(mask, tl.load(moments + there, mask, 0.0) - centre, 0.0)
+        squares += tl.load(moments + there + channels, mask, 0.0) + count * apart * apart
+    variance = tl.sum(tl.sum(squares, axis=1), axis=0) / whole
     tl.store(mean + picture * groups + group, centre)
     tl.store(rstd + picture * groups + group, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
@@ -133,7 +146,7 @@ def normalise(
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     result = torch.empty_like(x, dtype=dtype)
     shift = None if shift is None else shift.contiguous()
-    widths = {"tiles": triton.next_power_of_2(grid[0]), "width": triton.next_power_of_2(channels // groups)}
+    widths = {"tiles": min(TILES, triton.next_power_of_2(grid[0])), "width": triton.next_power_of_2(channels // groups)}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _moments_kernel[grid](x, shift, moments, places, channels, **FUSED)
         _statistics_kernel[(groups, x.shape[0])](moments, mean, rstd, places, channels, groups, eps, **widths, **FUSED)
