@@ -22,7 +22,7 @@ LEVELS = {
 }  # fmt: skip
 SAME_LEVEL = {("demo", "training"), ("__main__", "cli"), ("tensor_file", "storage")}  # the only arrows that go sideways
 OWNERS = {  # dependency -> the modules that may import it
-    "PIL": ("aquatint.data.image", "aquatint.data.focus"),
+    "PIL": ("aquatint.data.image", "aquatint.data.contact_sheet", "aquatint.data.focus"),
     "diffusers": ("aquatint.models.sdxl",),
     "transformers": ("aquatint.models.sdxl", "aquatint.models.judges"),
     "matplotlib": ("aquatint.tracking.curves", "aquatint.tracking.plots", "aquatint.data.bucket_plot"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from aquatint.config.load import load_config
-from aquatint.data.image import contact_sheet, save_png
+from aquatint.data.contact_sheet import contact_sheet
+from aquatint.data.image import save_png
 from aquatint.demo.model import write_tiny_base
 from aquatint.demo.pictures import COLORS, GROUNDS, PLACES, SHAPES, Scene, scenes, write_pictures
 from aquatint.demo.score import Seen, look

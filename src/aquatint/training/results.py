@@ -13,7 +13,8 @@ import torch
 from aquatint.config.schema import Config, dump
 from aquatint.config.sections.looks import ExportSection
 from aquatint.config.sections.methods import AdapterSection
-from aquatint.data.image import contact_sheet, save_png
+from aquatint.data.contact_sheet import contact_sheet
+from aquatint.data.image import save_png
 from aquatint.errors import UsageError
 from aquatint.models.adapters import attach, merged
 from aquatint.models.sdxl.conditioning import TextEncoders, take_off_unheard

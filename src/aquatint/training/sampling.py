@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aquatint.data.image import contact_sheet, save_png
+from aquatint.data.contact_sheet import contact_sheet
+from aquatint.data.image import save_png
 from aquatint.diffusion.schedule import Schedule
 from aquatint.models.sdxl.generate import Steps, generate
 from aquatint.models.sdxl.load import BaseModel

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from aquatint.data.image import Pixels, contact_sheet, save_png
+from aquatint.data.contact_sheet import contact_sheet
+from aquatint.data.image import Pixels, save_png
 from aquatint.models.perceptual import perceptual_distance
 from aquatint.tracking.tracker import Tracker
 from aquatint.training.state import TrainState
