@@ -12,6 +12,7 @@ from aquatint.optim import adamw_bf16, blockwise, compiled
 from aquatint.optim.adamw8bit import AdamW8bit, adamw8bit_
 from aquatint.optim.adamw_bf16 import AdamWBF16, adamw_
 from aquatint.optim.sizes import BLOCK
+from aquatint.optim.soap import Soap, round_rows_
 
 CPU = torch.device("cpu")
 SHAPES = [(20_001,), (129, 130), (128, 256), (16, 128, 3, 3), (7,), (300, 256, 9)]
@@ -133,6 +134,35 @@ def state_of(grad: Tensor, update) -> dict[str, Tensor]:
     else:
         assert update(param, grad, state, key=(1, 2), **STILL)
     return state
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 300_001])
+def test_three_vectors_are_rounded_as_in_plain_torch(count):
+    bits = torch.Generator().manual_seed(0)
+    values = [torch.randn(count, generator=bits) * scale for scale in (1.0, 1e-40, 1e38)]
+    for value in values[:: 1 if count > 1 else 3]:
+        value[-1] = torch.nan
+    expected, found = ([torch.zeros(count, dtype=torch.bfloat16) for _ in values] for _ in range(2))
+    rows = [value.view(1, -1) for value in values]
+    round_rows_([target.view(1, -1) for target in expected], rows, (3, 4))
+    assert compiled.round_rows_(found, values, (3, 4))
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_soap_has_the_same_bits_with_compiled_rounding(dtype):
+    results = []
+    for kernel in ("none", "compiled"):
+        bits = torch.Generator().manual_seed(0)
+        params = [Parameter(torch.randn(shape, generator=bits).to(dtype)) for shape in ((5, 7), (6, 3, 3, 3), (9,))]
+        params[1].data = params[1].data.to(memory_format=torch.channels_last)
+        optimizer = Soap(params, lr=1e-2, precond_every=2, kernel=kernel, seed=1)
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=bits).to(dtype)
+            optimizer.step()
+        results.append([*params, *(optimizer.state[param][name] for param in params for name in ("exp_avg", "exp_avg_sq"))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_what_is_not_for_it_is_left_as_it_is():

@@ -1,4 +1,4 @@
-// What `adamw_bf16.adamw_` and `adamw8bit.adamw8bit_` do on a CPU, bit for bit, in one pass over memory.
+// What `adamw_bf16.adamw_` and `adamw8bit.adamw8bit_` do on a CPU, and `soap.round_rows_`, bit for bit, in one pass over memory.
 //
 // Compilers make vector instructions of these loops. So two bfloat16 neighbours are one number of 32 bits, out of which a shift and a
 // mask make two float32, and for which one hash has the random bits of both; and whatever has a branch is in a loop of its own. Every
@@ -226,9 +226,31 @@ void step_blocks(const Coefficients& c, const Key& key, int64_t first, int64_t c
     });
 }
 
+void round_block(const Key& key, int64_t start, int size, const float* const* values, uint16_t* const* targets) {
+    alignas(64) uint32_t words[3][BLOCK / 2];
+    for (int i = 0; i < BLOCK / 2; ++i) {
+        const Words w = drawn(uint32_t(start / 2 + i), key);
+        words[0][i] = w.x, words[1][i] = w.y, words[2][i] = w.z;
+    }
+    for (int k = 0; k < 3; ++k) {
+        const Half* random_bits = reinterpret_cast<const Half*>(words[k]);
+        const float* __restrict value = values[k] + start;
+        uint16_t* __restrict target = targets[k] + start;
+        for (int i = 0; i < size; ++i) put(value[i], random_bits[i], target[i]);
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+// `rounding.copy_stochastic_` of three vectors of `count` float32, for which a place has a number each.
+void round_three(const Key* key, int64_t count, int num_threads, const float* const* values, uint16_t* const* targets) {
+    in_parallel(count, PIECE, num_threads, [=](int64_t start, int64_t size) {
+        for (int64_t i = start; i < start + size; i += BLOCK)
+            round_block(*key, i, int(std::min(BLOCK, start + size - i)), values, targets);
+    });
+}
 
 // `count` bfloat16 weights, the first at place `start`; `compensation` may be null.
 void adamw(const Coefficients* c, const Key* key, int64_t start, int64_t count, int num_threads, const uint16_t* grad, uint16_t* param,

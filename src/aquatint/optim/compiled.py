@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -101,10 +101,24 @@ def adamw8bit_(
     return True
 
 
+def round_rows_(targets: Sequence[Tensor], results: Sequence[Tensor], key: Key, finite: Tensor | None = None) -> bool:
+    """As `soap.round_rows_`. Returns whether it was done: not if targets are no contiguous bfloat16, or if there may be no step."""
+    are_plain = all(target.dtype == torch.bfloat16 and target.is_contiguous() for target in targets)
+    if finite is not None or not are_plain or not all(result.is_contiguous() for result in results):
+        return False
+    pointers = [(ctypes.c_void_p * 3)(*(tensor.data_ptr() for tensor in tensors)) for tensors in (results, targets)]
+    library().round_three(_constants(key), ctypes.c_int64(targets[0].numel()), torch.get_num_threads(), *pointers)
+    return True
+
+
 def _numbers(key: Key, settings: dict[str, Any]) -> Iterator[Any]:
     """The step's coefficients and the key's constants."""
     yield (ctypes.c_float * 7)(*coefficients(**settings))
-    yield (ctypes.c_int32 * 3)(*key_constants(key))
+    yield _constants(key)
+
+
+def _constants(key: Key) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * 3)(*key_constants(key))
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

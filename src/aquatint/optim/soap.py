@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, adamw_
+from aquatint.optim import compiled
+from aquatint.optim.adamw_bf16 import ADAMW_SETTINGS, Kernel, adamw_, chosen_kernel
 from aquatint.optim.flat import join, pieces, row_pieces, spread_
 from aquatint.optim.rounding import Key, copy_stochastic_, draw_for, exact, write_
 from aquatint.optim.sizes import preconditioned_dims
@@ -114,7 +115,8 @@ class Soap(TensorwiseOptimizer):
     """SOAP over bfloat16 (stochastically rounded) or float32 weights; the moments have the dtype of their weight.
 
     The first step only starts the bases of a matrix: it moves no weight but those of vectors. If it is left out, the bases start as the
-    axes. `precond_every` is in steps. `seed` keys the rounding. All are part of the parameter groups, and so of the state dict.
+    axes. `precond_every` is in steps. `seed` keys the rounding. All are part of the parameter groups, and so of the state dict. `kernel` is
+    as `chosen_kernel` has it: of bfloat16 weights on a CPU, rounding is compiled.
     """
 
     def __init__(
@@ -127,10 +129,12 @@ class Soap(TensorwiseOptimizer):
         *,
         max_precond_dim: int = 1280,
         precond_every: int = 10,
+        kernel: Kernel = "auto",
         seed: int,
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**adam, "max_precond_dim": max_precond_dim, "precond_every": precond_every, "seed": seed})
+        self.kernel = chosen_kernel(kernel, [param for group in self.param_groups for param in group["params"]])
 
     def kind(self, param: Tensor) -> Hashable:
         return super().kind(param) if param.dim() < 2 else id(param)
@@ -159,7 +163,9 @@ class Soap(TensorwiseOptimizer):
         if (step + unit.index) % group["precond_every"] == 0:
             exp_avg, exp_avg_sq = refresh_(state, exp_avg, exp_avg_sq, finite)
         targets, results = (state["exp_avg"], state["exp_avg_sq"], param), (exp_avg, exp_avg_sq, value)
-        round_rows_(targets, results, self.key(unit, step), finite)
+        key = self.key(unit, step)
+        if self.kernel != "compiled" or not compiled.round_rows_(targets, results, key, finite):
+            round_rows_(targets, results, key, finite)
 
     def _advance_vectors(self, params: Sequence[Tensor], unit: Unit, step: int, finite: Tensor | None) -> None:
         targets = [params, *([self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq"))]

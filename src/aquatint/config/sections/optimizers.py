@@ -98,6 +98,8 @@ class SoapSection(Section):
     """Longest side of a matrix that is rotated. On SDXL, 1280 takes 13 GiB beside the moments, 2048 takes 18, 10240 takes 83."""
     precond_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two refreshes of a tensor's bases; tensors take turns."""
+    kernel: Literal["auto", "none", "compiled"] = "auto"
+    """`auto`: rounding of bf16 weights is compiled on a CPU from 10 million weights on (`compiled`: any). `none`: plain torch."""
 
 
 def _optimizer_name(value: Any) -> Any:
